@@ -1,0 +1,109 @@
+"""The preprocessing spec: how pictures and clips become tiles and tokens. One object for train, ask, eval and serve.
+
+It is saved in each checkpoint (`preprocess.json`) with its hash, and the hash is checked on load, so a model is never
+fed pixels that were prepared in another way than the ones it learned from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from foveate.errors import CheckpointError, InputError
+
+MODES = ("dynamic_s2", "dynamic", "resize", "pad")
+
+
+@dataclass(frozen=True)
+class PreprocessSpec:
+    """How media become views of `tile_size` pixels and how many tokens each view costs (NVILA, arXiv 2412.04468).
+
+    mode: "dynamic_s2" (NVILA: every scale tiled, features of all scales joined), "dynamic" (Lite: tiles and a
+    thumbnail), "resize" (one squashed square) or "pad" (one letterboxed square). Used for a single image; several
+    images in one prompt, and video frames, are always one square each, as in the official code.
+    """
+
+    mode: str = "dynamic_s2"
+    tile_size: int = 448
+    """Side of one view, in pixels."""
+    patch_size: int = 14
+    scales: tuple[int, ...] = (448, 896, 1344)
+    """S2 scales in pixels, ascending; the last one is tiled by aspect ratio. Empty without S2."""
+    resize_to_scale: int = -1
+    """Index of the scale whose map size all maps are resized to."""
+    downsample: int = 2
+    """r of the r x r spatial-to-channel step: tokens per tile = ceil(tile_size / patch_size / r) ** 2."""
+    min_tiles: int = 1
+    max_tiles: int = 12
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    num_frames: int = 8
+    """Frames sampled from a clip, evenly from the first to the last."""
+    repeat_frames: bool = True
+    """A clip shorter than `num_frames`: repeat frames (the official rule), or take each frame once (False)."""
+    fps: float = 0.0
+    """When above 0, sample at this rate instead, at most `num_frames`."""
+    video_pool: tuple[tuple[int, int, int], ...] = ()
+    """(time, rows, columns) mean-pool sizes of the video encoder, one level each; empty: frames stay apart."""
+    image_end: str = "\n"
+    """Text whose embedding closes every image block, frame or pooled group."""
+    video_sep: str = ""
+    """Text between the levels of `video_pool`."""
+    max_pixels: int = 89_478_485
+    """Largest picture accepted (width x height), against decompression bombs."""
+    max_aspect: float = 200.0
+    """Largest ratio of the longer to the shorter side accepted."""
+
+    def __post_init__(self) -> None:
+        for name in ("scales", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "video_pool", tuple(tuple(level) for level in self.video_pool))
+        if self.mode not in MODES:
+            raise InputError(f"preprocess mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
+        if self.tile_size % self.patch_size:
+            raise InputError(f"tile_size {self.tile_size} is not a multiple of patch_size {self.patch_size}")
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise InputError(f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}: need 1 <= min <= max")
+        if self.mode == "dynamic_s2":
+            if not self.scales or any(s % self.tile_size for s in self.scales):
+                raise InputError(f"scales {self.scales} must be multiples of tile_size {self.tile_size}")
+            if (self.scales[-1] // self.scales[0]) ** 2 > self.max_tiles:
+                raise InputError(f"max_tiles {self.max_tiles} is less than the square of the last scale")
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a view."""
+        return self.tile_size // self.patch_size
+
+    @property
+    def token_side(self) -> int:
+        """Tokens along one side of a view after spatial-to-channel (padded up)."""
+        return -(-self.side // self.downsample)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> PreprocessSpec:
+        """From `to_dict`. A stored "hash" is checked; an unknown key is an error, since it would change the pixels."""
+        data = dict(data)
+        stored = data.pop("hash", None)
+        unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise CheckpointError(f"preprocess.json has unknown keys {', '.join(unknown)}; update foveate")
+        spec = cls(**data)
+        if stored is not None and stored != spec.hash():
+            raise CheckpointError(
+                f"preprocess.json was edited: stored hash {stored}, computed {spec.hash()}; "
+                "restore the file, or delete its hash to accept the change"
+            )
+        return spec
+
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON form."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
