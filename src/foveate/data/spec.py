@@ -67,9 +67,17 @@ class PreprocessSpec:
             raise InputError(f"tile_size {self.tile_size} is not a multiple of patch_size {self.patch_size}")
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise InputError(f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}: need 1 <= min <= max")
+        if self.num_frames < 1 or any(len(level) != 3 or min(level) < 1 for level in self.video_pool):
+            raise InputError(
+                f"num_frames {self.num_frames} and video_pool {self.video_pool}: need whole numbers above 0"
+            )
         if self.mode == "dynamic_s2":
             if not self.scales or any(s % self.tile_size for s in self.scales):
                 raise InputError(f"scales {self.scales} must be multiples of tile_size {self.tile_size}")
+            if self.scales[0] != self.tile_size or list(self.scales) != sorted(set(self.scales)):
+                raise InputError(f"scales {self.scales} must start with tile_size {self.tile_size} and ascend")
+            if not -len(self.scales) <= self.resize_to_scale < len(self.scales):
+                raise InputError(f"resize_to_scale is {self.resize_to_scale}; there are {len(self.scales)} scales")
             if (self.scales[-1] // self.scales[0]) ** 2 > self.max_tiles:
                 raise InputError(f"max_tiles {self.max_tiles} is less than the square of the last scale")
 

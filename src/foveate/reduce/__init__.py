@@ -1,1 +1,1 @@
-
+"""Token reduction: one method, one file (`foveate methods`). See `base` for the socket."""

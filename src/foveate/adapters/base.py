@@ -1,0 +1,185 @@
+"""`Adapter`: the few things that differ between families of visual language models, behind one interface.
+
+An adapter owns every private or moving detail of its family and of transformers. It holds a model and no state of a
+request: what a request needs is passed in and handed back, so requests with different methods share one adapter.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from foveate.adapters.layout import VisualLayout
+
+if TYPE_CHECKING:
+    from foveate.data.execute import Inputs
+    from foveate.data.plan import Plan
+    from foveate.data.spec import PreprocessSpec
+
+COMMON_SIGNALS = ("request_key", "features")
+"""Signals that need no model: a checksum of the request's prompt and pixels, and the visual features themselves."""
+
+
+@dataclass
+class Encoded:
+    """What the encoder makes of one request.
+
+    features: [N, D] on the model's device, all pictures and clips in prompt order, separators left out.
+    signals: name -> [N] float32 on the CPU, aligned with `features` (see `Adapter.signals`).
+    """
+
+    features: Tensor
+    signals: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Adapter(ABC):
+    """One family. `model` is its transformers model, `spec` its preprocessing.
+
+    family: name in `Method.adapters`. sites: where reducers may act (foveate.reduce.base.SITES).
+    """
+
+    family: ClassVar[str]
+    sites: ClassVar[tuple[str, ...]] = ("post_projector",)
+
+    def __init__(self, model: nn.Module, tokenizer: Any, spec: PreprocessSpec) -> None:
+        self.model, self.tokenizer, self.spec = model, tokenizer, spec
+
+    # ---- the model
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        dtype: str | torch.dtype,
+        device: torch.device,
+        attn: str | None,
+        prepare: Callable[[dict[str, nn.Module]], None] | None = None,
+    ) -> Adapter:
+        """The adapter around the checkpoint in the folder `path`; dtype "auto": as stored.
+
+        prepare: called with the parts of the still empty model, before its tensors are read.
+        """
+
+    @abstractmethod
+    def save(self, path: Path, extra: dict[str, dict[str, Any]]) -> None:
+        """Write model, tokenizer, preprocessing spec and the JSON files `extra` (name -> content) into `path`.
+
+        Whole or not at all: an error leaves an older checkpoint at `path` as it was. Raises CheckpointError.
+        """
+
+    @abstractmethod
+    def with_model(self, model: nn.Module) -> Adapter:
+        """The same family around another model of the same shape."""
+
+    @abstractmethod
+    def parts(self) -> dict[str, nn.Module]:
+        """The model's parts under their common names: "vision_tower", "mm_projector", "llm"."""
+
+    @property
+    @abstractmethod
+    def signals(self) -> tuple[str, ...]:
+        """Signals that `encode` can hand to reducers, COMMON_SIGNALS among them."""
+
+    @property
+    def text_config(self) -> Any:
+        """The language model's config of transformers."""
+        return self.model.config.get_text_config()
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers of the language model."""
+        return self.model.get_decoder().layers
+
+    @property
+    @abstractmethod
+    def placeholders(self) -> tuple[int, ...]:
+        """Token ids that stand for visual features in `Plan.input_ids`."""
+
+    @property
+    def max_context(self) -> int:
+        """Tokens, visual and text, that the language model takes."""
+        return int(self.text_config.max_position_embeddings)
+
+    # ---- one request
+
+    @abstractmethod
+    def layout(self, plan: Plan) -> VisualLayout:
+        """The visual tokens of a planned request, separators included."""
+
+    @abstractmethod
+    def encode(self, inputs: Sequence[Inputs], plans: Sequence[Plan], signals: Collection[str] = ()) -> list[Encoded]:
+        """Features and signals of several requests in one pass through tower and connector."""
+
+    def positions(self, plan: Plan) -> Tensor:
+        """Position ids of the whole prompt: [L] int64 (a family with M-RoPE: [3, L])."""
+        return torch.arange(len(plan.input_ids))
+
+    def embed(self, input_ids: Tensor, features: Tensor) -> dict[str, Any]:
+        """Arguments of `forward` for a padded batch: ids [B, L] with `features` [sum of K, D] in row-major order."""
+        embeds = self.model.get_input_embeddings()(input_ids)
+        if features.shape[0]:
+            slots = torch.isin(input_ids, torch.tensor(self.placeholders, device=input_ids.device))
+            where = slots.flatten().nonzero().squeeze(1)
+            embeds = embeds.flatten(0, 1).index_copy(0, where, features.to(embeds)).view_as(embeds)
+        return {"inputs_embeds": embeds}
+
+    @abstractmethod
+    def forward(self, *, past_key_values: Cache, position_ids: Tensor, **inputs: Any) -> Tensor:
+        """One pass of the language model: logits [B, V] of the last position, float32.
+
+        inputs: what `embed` returned, or input_ids [B, 1] while decoding; attention_mask [B, cached + new] or None.
+        """
+
+    def new_cache(self) -> Cache:
+        """The dense cache of one batch of requests."""
+        return DynamicCache(config=self.model.config)
+
+
+@contextmanager
+def capture(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the outputs of `modules` in this thread while the block runs: name -> one tensor per call.
+
+    Other threads' requests pass through untouched, and the hooks go whatever happens.
+    """
+    owner, found = threading.get_ident(), {name: [] for name in modules}
+
+    def hook(name: str) -> Any:
+        def collect(module: nn.Module, args: Any, output: Tensor) -> None:
+            if threading.get_ident() == owner:
+                found[name].append(output)
+
+        return collect
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def received_attention(query: Tensor, key: Tensor, heads: int, scaling: float, limit: int = 1 << 25) -> Tensor:
+    """How much attention each patch receives: mean over heads and queries of softmax(q k^T * scaling).
+
+    query, key: [n, P, heads * d], as the projections give them. Returns [n, P] float32; each row has mean 1 / P.
+    limit: attention entries held at a time; views are taken in turns so that memory stays bounded.
+    """
+    n, patches, _ = query.shape
+    q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))  # [n, heads, P, d]
+    step = max(1, limit // (heads * patches * patches))
+    rows = []
+    for start in range(0, n, step):
+        weights = (q[start : start + step] @ k[start : start + step].transpose(-1, -2)).float() * scaling
+        rows.append(weights.softmax(dim=-1).mean(dim=(1, 2)))
+    return torch.cat(rows)

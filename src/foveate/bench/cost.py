@@ -1,0 +1,435 @@
+"""Exact costs before anything runs: FLOPs, bytes and tokens of every stage, from a model's shape and a request.
+
+A FLOP is one multiplication or addition of a matrix product, convolution or attention (2·m·n·k for a product), which
+is what `torch.utils.flop_counter` counts; norms and activations, well under a percent, are left out by both. Bytes are
+what has to be read at least once: weights and cache. Activations are left out, so byte counts are lower bounds.
+
+Formulas, per layer (T tokens, width D, H heads and K key-value heads of size h, MLP width M, vocabulary V):
+    projections       2·T·D·(H·h)·2 + 2·T·D·(K·h)·2         Vaswani et al. 2017; grouped queries: arXiv 2305.13245
+    attention         4·H·h·(pairs), pairs = T² in the tower, T·(T + 1)/2 in a causal prefill, T + 1 for one new token
+    MLP               2·T·D·M·2 in the tower, ·3 in the language model (gated: arXiv 2002.05202)
+    head              2·D·V, for the last token only
+    patch embedding   2·T·(3·patch²)·D                       arXiv 2010.11929
+    connector         2·in·out of each linear layer, for each token of every view    NVILA, arXiv 2412.04468
+    cache             2·layers·K·h·bytes for each token (keys and values)
+Weights and caches of a recipe are not formulas: a method builds its layer without values, and that is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib import resources
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from foveate.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    from foveate.data.plan import MediaPlan, Plan
+    from foveate.data.spec import PreprocessSpec
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+STAGES = ("tower", "connector", "selection", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Every number of a model that a cost depends on. Made by `from_config`; nothing is loaded."""
+
+    patches: int
+    """Patches of one view."""
+    patch_inputs: int
+    """Values of one patch: channels x patch x patch."""
+    vision_layers: int
+    """Layers that run: those after the selected hidden state are not computed."""
+    vision_width: int
+    vision_mlp: int
+    connector: tuple[tuple[int, int], ...]
+    """(inputs, outputs) of the connector's linear layers."""
+    view_tokens: int
+    """Tokens of one view after the connector."""
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp: int
+    vocab: int
+    tied: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any, spec: PreprocessSpec) -> ModelShape:
+        """From an NvilaConfig and its preprocessing."""
+        vision, text = config.vision_config, config.text_config
+        heads = text.num_attention_heads
+        return cls(
+            patches=spec.side**2,
+            patch_inputs=getattr(vision, "num_channels", 3) * spec.patch_size**2,
+            vision_layers=config.num_vision_layers,
+            vision_width=vision.hidden_size,
+            vision_mlp=vision.intermediate_size,
+            connector=connector_linears(config.projector_type, config.mm_hidden, text.hidden_size),
+            view_tokens=spec.token_side**2,
+            layers=text.num_hidden_layers,
+            width=text.hidden_size,
+            heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            mlp=text.intermediate_size,
+            vocab=text.vocab_size,
+            tied=bool(getattr(text, "tie_word_embeddings", False)),
+        )
+
+    @property
+    def tower_params(self) -> int:
+        """Matrix weights of the tower's layers that run."""
+        layer = 4 * self.vision_width**2 + 2 * self.vision_width * self.vision_mlp
+        return self.patch_inputs * self.vision_width + self.vision_layers * layer
+
+    @property
+    def connector_params(self) -> int:
+        """Matrix weights of the connector."""
+        return sum(inputs * outputs for inputs, outputs in self.connector)
+
+    @property
+    def layer_params(self) -> int:
+        """Matrix weights of one layer of the language model."""
+        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
+        return 2 * self.width * queries + 2 * self.width * keys + 3 * self.width * self.mlp
+
+    @property
+    def head_params(self) -> int:
+        """Matrix weights of the output head."""
+        return self.width * self.vocab
+
+    def linears(self) -> dict[str, list[tuple[int, int, int]]]:
+        """(inputs, outputs, how many) of the linear layers of each part; the output head is not among them."""
+        v, m, d = self.vision_width, self.vision_mlp, self.width
+        queries, keys, n = self.heads * self.head_size, self.kv_heads * self.head_size, self.layers
+        k = self.vision_layers
+        return {
+            "vision_tower": [(v, v, 4 * k), (v, m, k), (m, v, k)],
+            "mm_projector": [(inputs, outputs, 1) for inputs, outputs in self.connector],
+            "llm": [(d, queries, n), (d, keys, 2 * n), (queries, d, n), (d, self.mlp, 2 * n), (self.mlp, d, n)],
+        }
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one request asks for, in counts: `views` through the tower, `connector_rows` tokens through the connector.
+
+    text: tokens that are no visual features (separators among them). visual: features before reduction; kept: after.
+    groups: per picture or clip the sizes of its encoded views in tokens, which reducers share their budgets over.
+    new: answer tokens.
+    """
+
+    views: int = 0
+    connector_rows: int = 0
+    text: int = 0
+    visual: int = 0
+    kept: int = 0
+    groups: tuple[tuple[int, ...], ...] = ()
+    new: int = 1
+
+    @classmethod
+    def from_plan(cls, plan: Plan, shape: ModelShape, *, new: int = 1) -> Request:
+        """Counts of a plan, all visual tokens kept."""
+        media = [cls.of_media(item, shape) for item in plan.media]
+        visual = sum(part.visual for part in media)
+        return cls.join(media, text=plan.num_tokens - visual, new=new)
+
+    @classmethod
+    def of_media(cls, media: MediaPlan, shape: ModelShape) -> Request:
+        """Counts of one picture or clip; its separators are `text`."""
+        if media.kind == "video":
+            groups = tuple(level.rows * level.cols for level in media.levels for _ in range(level.units))
+            # Pooling over time comes after the connector, which therefore sees every frame of a clip.
+            rows = len(media.views) * shape.view_tokens
+        else:
+            units, height, width = media.grid
+            rows = units * height * width
+            groups = (shape.view_tokens,) * (rows // shape.view_tokens)
+        visual = sum(groups)
+        return cls(len(media.views), rows, media.num_tokens - visual, visual, visual, (groups,))
+
+    @classmethod
+    def join(cls, media: Sequence[Request], *, text: int, new: int = 1) -> Request:
+        """One request of several pictures and clips. text: all tokens that are no visual features."""
+        visual = sum(part.visual for part in media)
+        return cls(
+            views=sum(part.views for part in media),
+            connector_rows=sum(part.connector_rows for part in media),
+            text=text,
+            visual=visual,
+            kept=visual,
+            groups=tuple(group for part in media for group in part.groups),
+            new=new,
+        )
+
+    def budgets(self, scope: str) -> list[int]:
+        """Sizes of the groups that share a budget: "view", "media" or "request", as `VisualLayout.groups`."""
+        if scope == "view":
+            return [size for media in self.groups for size in media]
+        if scope == "media":
+            return [sum(media) for media in self.groups]
+        return [self.visual] if self.visual else []
+
+    @property
+    def prompt(self) -> int:
+        """Tokens that the language model reads."""
+        return self.text + self.kept
+
+
+def flops(shape: ModelShape, request: Request, *, causal: bool = True, selection: float = 0.0) -> dict[str, float]:
+    """FLOPs by stage; "decode" is one new token after the prompt. causal=False counts masked pairs too, as a kernel
+    without skipping executes (and as torch's counter counts)."""
+    n, width = shape.patches, shape.vision_width
+    tower_attention = shape.vision_layers * 4 * n * n * width
+    prompt, attention = request.prompt, 4 * shape.heads * shape.head_size * shape.layers
+    pairs = prompt * (prompt + 1) / 2 if causal else prompt * prompt
+    linear = 2 * shape.layers * shape.layer_params
+    return {
+        "tower": float(request.views * (2 * shape.tower_params * n + tower_attention)),
+        "connector": float(2 * shape.connector_params * request.connector_rows),
+        "selection": float(selection),
+        "prefill": float(linear * prompt + attention * pairs + 2 * shape.head_params),
+        "decode": float(linear + attention * (prompt + 1) + 2 * shape.head_params),
+    }
+
+
+def weights(shape: ModelShape, dtype: str = "bfloat16", methods: Sequence[Any] = ()) -> dict[str, float]:
+    """Bytes of the matrix weights that each stage reads: {"tower", "connector", "embedding", "llm"}.
+
+    methods: of the weights socket; the layers of their parts are counted as they would be stored, scales included, by
+    building them without values. Head and embeddings stay in `dtype`. Raises RecipeError when a layer does not fit.
+    """
+    size = bytes_of(dtype)
+    linears = shape.linears()
+    stored = {part: float(size * sum(i * o * n for i, o, n in layers)) for part, layers in linears.items()}
+    for method in methods:
+        for part in method.parts:
+            stored[part] = float(sum(n * _stored_bytes(method, part, i, o) for i, o, n in linears[part]))
+    head = float(shape.head_params * size)
+    return {
+        "tower": stored["vision_tower"] + shape.patch_inputs * shape.vision_width * size,
+        "connector": stored["mm_projector"],
+        "embedding": 0.0 if shape.tied else head,
+        "llm": stored["llm"] + head,
+    }
+
+
+def _stored_bytes(method: Any, part: str, inputs: int, outputs: int) -> int:
+    """Bytes of one linear layer under a weights method."""
+    from torch import nn
+
+    from foveate.weights.base import module_bytes
+
+    linear = nn.Linear(inputs, outputs, bias=False, device="meta")
+    method.check_layer(f"{part} {inputs} -> {outputs}", linear)
+    return module_bytes(method.empty(linear))
+
+
+def kv_bytes(shape: ModelShape, dtype: str = "bfloat16", method: Any = None) -> float:
+    """Cache bytes of one token of one request: all layers, keys and values. method: of the cache socket; its own layer
+    is filled with a few tokens and measured, scales included."""
+    if method is None:
+        return float(2 * shape.layers * shape.kv_heads * shape.head_size * bytes_of(dtype))
+    from types import SimpleNamespace
+
+    import torch
+
+    from foveate.cache.base import cache_bytes
+
+    tokens = 16
+    states = torch.zeros(1, shape.kv_heads, tokens, shape.head_size, dtype=getattr(torch, dtype))
+    layers = [method.layer(index) for index in range(shape.layers)]
+    for layer in layers:
+        layer.update(states, states)
+    return cache_bytes(SimpleNamespace(layers=layers)) / tokens
+
+
+def bytes_moved(shape: ModelShape, request: Request, stored: dict[str, float], kv: float) -> dict[str, float]:
+    """Bytes that each stage reads or writes at least: its weights once, and the cache. stored: of `weights`; kv: bytes
+    of one cached token, of `kv_bytes`."""
+    used = float(request.views > 0)
+    return {
+        "tower": stored["tower"] * used,
+        "connector": stored["connector"] * used,
+        "selection": 0.0,
+        "prefill": stored["llm"] + kv * request.prompt,
+        "decode": stored["llm"] + kv * (request.prompt + 1),
+    }
+
+
+def request_of_sizes(
+    spec: PreprocessSpec,
+    shape: ModelShape,
+    *,
+    images: Sequence[tuple[int, int]] = (),
+    frames: int | None = None,
+    text: int = 0,
+    new: int = 1,
+) -> Request:
+    """The counts of a request of pictures of these (width, height), or of one clip of `frames` frames, without pixels.
+
+    text: tokens of the prompt's text; the separators of the media are added. Sizes follow the same geometry as
+    `foveate.data.plan`, each separator counted as one token.
+    """
+    from foveate.data.tiling import image_layout
+
+    parts: list[Request] = []
+    for width, height in images:
+        _check_size(width, height, spec)
+        layout = image_layout(width, height, spec, tiled=len(images) == 1)
+        units, rows, cols = layout.grid
+        visual = units * rows * cols
+        groups = (shape.view_tokens,) * (visual // shape.view_tokens)
+        # A picture ends in one separator; tiles of mode "dynamic" have one each, and a line feed of text.
+        ends = 2 * units if spec.mode == "dynamic" and len(images) == 1 else 1
+        parts.append(Request(len(layout.views), visual, ends, visual, visual, (groups,)))
+    if frames:
+        levels = spec.video_pool or ((1, 1, 1),)
+        times = [max(1, level[0]) for level in levels]
+        used = -(-frames // math.lcm(*times)) * math.lcm(*times)  # frames are repeated until the pools divide them
+        side = spec.token_side
+        groups = tuple(
+            -(-side // rows) * -(-side // cols) for time, rows, cols in levels for _ in range(used // max(1, time))
+        )
+        visual = sum(groups)
+        parts.append(Request(used, used * shape.view_tokens, len(groups), visual, visual, (groups,)))
+    return Request.join(parts, text=text + sum(part.text for part in parts), new=new)
+
+
+def _check_size(width: int, height: int, spec: PreprocessSpec) -> None:
+    if width * height > spec.max_pixels:
+        raise InputError(f"a picture of {width}x{height} has {width * height} pixels, the limit is {spec.max_pixels}")
+    if max(width, height) > spec.max_aspect * min(width, height):
+        raise InputError(f"a picture of {width}x{height} is longer than {spec.max_aspect:g} times its width")
+
+
+def connector_linears(kind: str, channels: int, width: int) -> tuple[tuple[int, int], ...]:
+    """(inputs, outputs) of the linear layers of a connector of the NVILA family. Raises UnknownNameError."""
+    c, d = channels, width
+    chains = {
+        "identity": (),
+        "linear": (c, d),
+        "mlp_downsample": (4 * c, d, d),
+        "mlp_downsample_2x2_fix": (4 * c, d, d),
+        "mlp_downsample_3x3_fix": (9 * c, 3 * c, d, d),
+        "mlp_downsample_3x3_s2": (9 * c, 3 * c, c, c // 3, d, d),
+        "mlp_downsample_3x3_s2_new": (9 * c, 4 * c, 2 * c, c, c // 3, d, d),
+    }
+    if match := re.fullmatch(r"mlp(\d+)x_gelu", kind):
+        chain: tuple[int, ...] = (c, *[d] * int(match[1]))
+    elif kind in chains:
+        chain = chains[kind]
+    else:
+        raise UnknownNameError(f"unknown connector {kind!r}: known: {', '.join(chains)}, mlp<k>x_gelu")
+    return tuple(pairwise(chain))
+
+
+def bytes_of(dtype: Any) -> int:
+    """Bytes of one value of a dtype given by name or as torch.dtype."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in BYTES:
+        raise InputError(f"dtype {name!r} is not one of {', '.join(BYTES)}")
+    return BYTES[name]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A machine's rates: FLOP/s and bytes/s by dtype, and the fraction of them that real kernels reach."""
+
+    name: str
+    label: str
+    flops: dict[str, float]
+    bandwidth: dict[str, float]
+    reach: dict[str, float]
+    source: str
+
+    def ms(self, flop: float, moved: float, dtype: str) -> float:
+        """Roofline time in milliseconds: the slower of computing and reading."""
+        compute = flop / (self.flops[dtype] * self.reach["flops"])
+        read = moved / (self.bandwidth.get(dtype, self.bandwidth.get("", 0.0)) * self.reach["bandwidth"])
+        return 1000 * (compute + read)
+
+
+def devices() -> dict[str, Device]:
+    """The table of machines, shipped as data."""
+    text = resources.files("foveate.bench").joinpath("devices.json").read_text(encoding="utf-8")
+    return {name: Device(name, **row) for name, row in json.loads(text).items()}
+
+
+def estimate(
+    shape: ModelShape,
+    request: Request,
+    device: Device,
+    *,
+    dtype: str = "bfloat16",
+    effect: Effect | None = None,
+    stored: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Everything that `foveate plan --json` prints: {"tokens", "flops", "bytes", "ms"}, each by stage.
+
+    effect: what a recipe changes. stored: measured weight bytes (of `weights` form) instead of the formula's.
+    """
+    effect = effect or Effect()
+    request = effect.apply(request)
+    stored = stored or weights(shape, dtype, effect.weights)
+    kv = kv_bytes(shape, dtype, effect.cache)
+    work = flops(shape, request, selection=effect.selection_flops(shape, request))
+    moved = bytes_moved(shape, request, stored, kv)
+    times = {stage: device.ms(work[stage], moved[stage], dtype) for stage in STAGES}
+    first = sum(times[stage] for stage in STAGES[:-1])
+    return {
+        "tokens": {
+            "text": request.text,
+            "visual": request.visual,
+            "kept": request.kept,
+            "prompt": request.prompt,
+            "views": request.views,
+        },
+        "flops": {**work, "ttft": sum(work[stage] for stage in STAGES[:-1])},
+        "bytes": {
+            "weights": sum(stored.values()),
+            "kv_per_token": kv,
+            "kv": kv * (request.prompt + request.new),
+            "read_prefill": moved["prefill"],
+            "read_decode": moved["decode"],
+        },
+        "ms": {**times, "ttft": first, "total": first + times["decode"] * (request.new - 1)},
+    }
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a recipe changes about the cost of a request. reducers: in the order in which they act; weights: methods of
+    that socket; cache: the one cache method, or None."""
+
+    reducers: tuple[Any, ...] = ()
+    weights: tuple[Any, ...] = ()
+    cache: Any = None
+
+    @classmethod
+    def of(cls, recipe: Any) -> Effect:
+        """The effect of a Recipe, or of None."""
+        if not recipe:
+            return cls()
+        return cls(recipe.of("reduce"), recipe.of("weights"), next(iter(recipe.of("cache")), None))
+
+    def apply(self, request: Request) -> Request:
+        """The request with the tokens that stay; exact, because reducers round within each group."""
+        for reducer in self.reducers:
+            kept = sum(reducer.count(size) for size in request.budgets(reducer.scope))
+            request = replace(request, kept=min(request.kept, kept))
+        return request
+
+    def selection_flops(self, shape: ModelShape, request: Request) -> float:
+        """Query-key products of one tower layer, computed once more when a method asks for received attention, because
+        fast attention kernels do not return their map."""
+        needed = any("received_attention" in need for reducer in self.reducers for need in reducer.signals)
+        return float(request.views * 2 * shape.patches**2 * shape.vision_width) if needed else 0.0

@@ -1,0 +1,98 @@
+"""`foveate eval`: accuracy per task with interval and chance."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from foveate.cli.common import (
+    DEFAULT_MODEL,
+    add_method_options,
+    add_model_options,
+    add_verb,
+    bar,
+    load_model,
+    new_file,
+    parse_reduce,
+    positive_int,
+    print_json,
+    print_table,
+)
+from foveate.errors import InputError
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_verb(subparsers, "eval")
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="folder or preset (default: nano)")
+    parser.add_argument(
+        "--task", action="append", default=[], metavar="T", help="task, repeatable: world, world/<skill>, easy-vqa, ..."
+    )
+    parser.add_argument(
+        "--data", metavar="PATH", help="folder of the named sets, or a file of your questions and answers"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn scenes and of the choice under --limit")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="questions per task")
+    parser.add_argument("--batch-size", type=positive_int, default=32, metavar="B")
+    parser.add_argument("--frames", type=positive_int, metavar="N", help="frames per clip (default: the model's)")
+    parser.add_argument("--records", metavar="FILE", help="write one JSON line per question, for paired comparisons")
+    parser.add_argument("--list", action="store_true", help="list the tasks and exit")
+    add_method_options(parser)
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from foveate.tasks.base import ALIASES, TASKS, find_tasks
+
+    if args.list:
+        names = [*ALIASES, *TASKS.names(), "data"]
+        print_json(names) if args.json else print("\n".join(names))
+        return 0
+    tasks, folder = find_tasks(args.task, args.data)  # before the model: a misspelt task should not wait for weights
+    if args.records and Path(args.records).is_dir():
+        raise InputError(f"--records {args.records} is a folder; give the name of a file")
+    reduce = parse_reduce(args.reduce)
+    vlm = load_model(args)
+
+    from foveate.tasks.evaluate import Record, evaluate
+
+    records: list[Record] = []
+    result = evaluate(
+        vlm,
+        tasks,
+        seed=args.seed,
+        limit=args.limit,
+        data_dir=folder,
+        reduce=reduce,
+        batch_size=args.batch_size,
+        num_frames=args.frames,
+        records=records,
+    )
+    if args.records:
+        with new_file(args.records) as path, path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(record.to_dict(), ensure_ascii=False) + "\n" for record in records)
+    print_json(result) if args.json else show(result)
+    return 0
+
+
+def show(result: dict[str, Any]) -> None:
+    """The result of `evaluate` as a table; `·` on a bar marks the chance level."""
+    rows = [
+        [
+            name,
+            bar(row["accuracy"], mark=row["chance"]),
+            f"{row['accuracy']:.3f}",
+            f"{row['low']:.3f} – {row['high']:.3f}",
+            f"{row['chance']:.3f}",
+            str(row["n"]),
+        ]
+        for name, row in result["tasks"].items()
+    ]
+    recipe = f" with {result['recipe']}" if result["recipe"] else ""
+    columns = ["task", "", "accuracy", "95 % interval", "chance", "n"]
+    print_table(columns, rows, title=f"{result['model']}{recipe}\n", left=2)
+    print(f"\nmean {result['mean']:.3f} over {len(rows)} tasks in {result['seconds']:.1f} s")
+    skipped = {name: row["skipped"] for name, row in result["tasks"].items() if row["skipped"]}
+    if skipped:
+        print("skipped bad samples: " + ", ".join(f"{count} in {name}" for name, count in skipped.items()))

@@ -1,0 +1,91 @@
+"""`foveate optimize MODEL`: a budget in, a model out. Exit code 0 when the budget is met, 1 when it is not."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from foveate.cli.common import DEFAULT_MODEL, add_model_options, add_verb, load_model, positive_int, print_json
+
+NAMED = ("easy-vqa", "nlvr", "flickr8k-match")
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_verb(
+        subparsers,
+        "optimize",
+        epilog="Limits are relative to the model as it is given (0.5x) or absolute (2.5GFLOP, 8GiB, 400ms, 128). "
+        "Without any: half the FLOPs and half the bytes. Exit code 1 when nothing meets the budget.",
+    )
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="folder or preset (default: nano)")
+    limits = parser.add_argument_group("budget")
+    limits.add_argument("--max-flops", metavar="X", help="of one mean request, to the end of its answer")
+    limits.add_argument("--max-bytes", metavar="X", help="weights, and the cache of one mean request")
+    limits.add_argument("--max-ttft", metavar="X", help="time to first token, measured beside the dense model")
+    limits.add_argument("--max-tokens", metavar="X", help="visual tokens that reach the language model")
+    limits.add_argument(
+        "--max-loss", metavar="X", default="1pt", help="loss of mean accuracy, in points (default: 1pt)"
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="D", help=f"your file of questions and answers, or one of {', '.join(NAMED)}")
+    data.add_argument("--data-dir", metavar="DIR", help="folder of the named sets (default: $FOVEATE_DATA)")
+    data.add_argument("--task", action="append", default=[], metavar="T", help="task, repeatable (default: world)")
+    data.add_argument("--limit", type=positive_int, metavar="N", help="questions per task")
+    data.add_argument("--seed", type=int, default=0, help="of the questions and of the intervals")
+    parser.add_argument("--method", action="append", metavar="M", help="search only these methods, repeatable")
+    parser.add_argument("--minutes", type=float, metavar="M", help="fit the number of questions to this time")
+    parser.add_argument("-o", "--out", metavar="OUT", help="folder for model and report (default: <model>-optimized)")
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from foveate.optimize.budget import Budget
+    from foveate.optimize.result import check_out, text
+    from foveate.tasks.base import find_tasks
+
+    budget = Budget.parse(args.max_flops, args.max_bytes, args.max_ttft, args.max_tokens, args.max_loss)
+    out = Path(args.out or f"{Path(args.model).name}-optimized")
+    check_out(out)
+    tasks, data = list(args.task), args.data
+    if data in NAMED and not Path(data).exists():
+        tasks, data = [data, *tasks], None
+    data = data or args.data_dir or (os.environ.get("FOVEATE_DATA") if tasks else None)
+    find_tasks(tasks, data)  # before the model: a misspelt task should not wait for weights
+    vlm = load_model(args)
+
+    from foveate.optimize import optimize
+
+    report = optimize(
+        vlm,
+        budget,
+        tasks=tasks,
+        data=data,
+        limit=args.limit,
+        minutes=args.minutes,
+        seed=args.seed,
+        out=out,
+        methods=args.method,
+        command=shlex.join(["foveate", *sys.argv[1:]]),
+        quiet=args.quiet,
+        say=None if args.quiet else lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    if args.json:
+        print_json(report)
+    else:
+        print(text(report))
+        print(f"report: {out / 'report.html'}")
+        if report["out"]:
+            print(f"try it: foveate ask --model {shlex.quote(str(out))} picture.png 'What is this?'")
+        elif report["recipe"]:
+            recipe, model = shlex.quote(report["recipe"]), shlex.quote(args.model)
+            print(
+                f"the model was not written; to have it all the same: foveate compress {model} --recipe {recipe} -o OUT"
+            )
+    if report["interrupted"]:
+        return 130
+    return 0 if report["met"] else 1

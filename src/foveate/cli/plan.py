@@ -1,0 +1,111 @@
+"""`foveate plan MODEL`: what a request would cost. Needs a config only; no weight is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import TYPE_CHECKING, Any
+
+from foveate.cli.common import add_verb, human, parse_recipe, positive_int, print_json, print_table
+from foveate.errors import InputError, UnknownNameError
+
+if TYPE_CHECKING:
+    from foveate.bench.cost import ModelShape
+    from foveate.data.spec import PreprocessSpec
+    from foveate.recipe import Recipe
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = add_verb(subparsers, "plan")
+    parser.add_argument("model", nargs="?", default="nano", help="folder or preset (default: nano)")
+    parser.add_argument("--image", action="append", default=[], type=size, metavar="WxH", help="a picture, repeatable")
+    parser.add_argument("--frames", type=positive_int, metavar="N", help="a clip of N frames")
+    parser.add_argument("--prompt-tokens", type=positive_int, default=64, metavar="N", help="text tokens (default: 64)")
+    parser.add_argument("--new-tokens", type=positive_int, default=64, metavar="N", help="answer tokens (default: 64)")
+    parser.add_argument("--recipe", metavar="R", help='text or file, for example "uniform(keep=0.5) + rtn(bits=4)"')
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--device", metavar="D", help="machine of the time estimate, or 'list' (default: h200)", default="h200"
+    )
+
+
+def size(text: str) -> tuple[int, int]:
+    """(width, height) of "WxH", for argparse."""
+    match = re.fullmatch(r"(\d+)[x×](\d+)", text.strip().lower())
+    if not match or not int(match[1]) or not int(match[2]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; write width x height in pixels, for example 1920x1080"
+        )
+    return int(match[1]), int(match[2])
+
+
+def run(args: argparse.Namespace) -> int:
+    from foveate.bench.cost import Effect, devices, estimate, request_of_sizes
+
+    machines = devices()
+    if args.device == "list":
+        rows = [[d.name, d.label, human(d.flops["bfloat16"], "FLOP/s"), d.source] for d in machines.values()]
+        print_json([row[0] for row in rows]) if args.json else print_table(["device", "", "bf16", "from"], rows, left=4)
+        return 0
+    if args.device not in machines:
+        raise UnknownNameError(f"unknown device {args.device!r}: known: {', '.join(machines)}")
+    shape, spec, limit, saved = shape_of(args.model)
+    asked = parse_recipe(args.recipe)
+    recipe = saved + asked if asked else saved
+    request = request_of_sizes(
+        spec, shape, images=args.image, frames=args.frames, text=args.prompt_tokens, new=args.new_tokens
+    )
+    result = estimate(shape, request, machines[args.device], dtype=args.dtype, effect=Effect.of(recipe))
+    longest = result["tokens"]["prompt"] + request.new
+    if longest > limit:
+        raise InputError(
+            f"the request needs {longest} tokens, {args.model} takes {limit}; use fewer or smaller pictures, "
+            "fewer frames, or a recipe that keeps fewer tokens"
+        )
+    if args.json:
+        print_json({**result, "model": args.model, "recipe": recipe.text() or None, "device": args.device})
+    else:
+        show(result, args, machines[args.device].label)
+    return 0
+
+
+def shape_of(model: str) -> tuple[ModelShape, PreprocessSpec, int, Recipe]:
+    """(shape, preprocessing, longest context, saved recipe) of a folder or preset, without its weights."""
+    from pathlib import Path
+
+    from foveate.bench.cost import ModelShape
+    from foveate.recipe import Recipe
+
+    if Path(model).is_dir():
+        from foveate.adapters import ADAPTERS
+        from foveate.nvila.checkpoint import load_config
+
+        config, spec = load_config(Path(model))
+        recipe = Recipe.restore(Path(model), ADAPTERS.get(config.model_type).family)
+    else:
+        from foveate.nvila.presets import PRESETS
+
+        if model not in PRESETS:
+            raise UnknownNameError(f"unknown model {model!r}: no such folder; presets: {', '.join(PRESETS.names())}")
+        config = PRESETS.get(model).config()
+        spec, recipe = config.spec, Recipe()
+    context = int(config.get_text_config().max_position_embeddings)
+    return ModelShape.from_config(config, spec), spec, context, recipe
+
+
+def show(result: dict[str, Any], args: argparse.Namespace, machine: str) -> None:
+    """The estimate in words and a table of stages."""
+    from foveate.bench.cost import STAGES
+
+    tokens, total = result["tokens"], result["bytes"]
+    kept = "" if tokens["kept"] == tokens["visual"] else f" ({tokens['kept']} kept)"
+    print(f"{args.model}: {tokens['text']} text + {tokens['visual']} visual tokens{kept}, {tokens['views']} views")
+    cache = f"{human(total['kv'], 'B')} ({human(total['kv_per_token'], 'B')} a token)"
+    print(f"weights {human(total['weights'], 'B')}, cache {cache}\n")
+    names = {"decode": "decode, each token"}
+    rows = [
+        [names.get(stage, stage), human(result["flops"][stage], "FLOP"), f"{result['ms'][stage]:.3g} ms"]
+        for stage in (*STAGES, "ttft")
+    ]
+    print_table(["stage", "work", "time"], rows)
+    print(f"\ntimes are a roofline estimate for {machine} in {args.dtype}; measure with foveate bench")

@@ -1,0 +1,196 @@
+"""`Recipe`: an ordered list of methods from all sockets. Its text, YAML and JSON forms are the same thing.
+
+vlm = Recipe.parse("uniform(keep=0.5) + rtn(bits=4) + int8").apply(vlm)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foveate.errors import CheckpointError, FoveateError, RecipeError
+from foveate.method import Method
+from foveate.recipe_text import parse_recipe
+from foveate.registry import METHODS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from foveate.vlm import VLM
+
+FILE = "recipe.json"
+
+
+def methods() -> list[dict[str, Any]]:
+    """Every registered method: name, socket, sites, signals, adapters, status, summary; by socket and name."""
+    found = [METHODS.get(name) for name in METHODS.names()]
+    keys = ("name", "socket", "sites", "signals", "adapters", "status", "summary")
+    rows = [{key: _plain(getattr(method, key)) for key in keys} for method in found]
+    return sorted(rows, key=lambda row: (row["socket"], row["name"]))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Methods in the order in which they apply. An empty recipe is falsy and leaves a model as it is."""
+
+    methods: tuple[Method, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """From one line, as `foveate.recipe_text` describes it. Raises RecipeError that names the column."""
+        return cls(parse_recipe(text))
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """From `to_dict`, or what YAML and JSON files hold: text, or a list of texts and {"name": ..., key: value}.
+
+        A list entry may also be {name: {key: value}}. Raises RecipeError.
+        """
+        if isinstance(data, dict):
+            if "methods" not in data and "recipe" not in data:
+                raise RecipeError(f"a recipe file needs the key 'methods'; found {', '.join(map(str, data)) or 'none'}")
+            data = data["methods"] if "methods" in data else data["recipe"]
+        if isinstance(data, str):
+            return cls.parse(data)
+        if not isinstance(data, list):
+            raise RecipeError(f"a recipe is a text or a list of methods, not {type(data).__name__}")
+        return cls(tuple(method for entry in data for method in _entry(entry)))
+
+    def text(self) -> str:
+        """The one-line form; `parse` reads it back."""
+        return " + ".join(method.text() for method in self.methods)
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"methods": [{"name": ..., parameter: value}, ...]}; most parameters at their defaults are left out."""
+        return {"methods": [method.to_dict() for method in self.methods]}
+
+    def __iter__(self) -> Iterator[Method]:
+        return iter(self.methods)
+
+    def __len__(self) -> int:
+        return len(self.methods)
+
+    def __add__(self, other: Recipe) -> Recipe:
+        return Recipe(self.methods + other.methods)
+
+    def of(self, socket: str) -> tuple[Any, ...]:
+        """Its methods of one socket, in order."""
+        return tuple(method for method in self.methods if method.socket == socket)
+
+    # ---- on a model
+
+    def check(self, vlm: VLM) -> None:
+        """Raise RecipeError or UnsupportedError if this cannot be applied to `vlm`, beside what was applied before."""
+        whole = vlm.recipe + self
+        for first, second in combinations(whole.methods, 2):
+            reason = _conflict(first, second)
+            if reason:
+                raise RecipeError(f"{first.text()} and {second.text()} {reason}; drop one of them")
+        _check_order(whole.of("reduce"))
+        for method in self.methods:
+            method.check(vlm)
+
+    def apply(self, vlm: VLM, *, quiet: bool = False) -> VLM:
+        """A new VLM with this recipe on top; `vlm` stays as it is. Prints the effect on standard error.
+
+        Copy on write: layers that no method replaces share their tensors with `vlm`, so train neither of the two while
+        the other is in use. Raises as `check`.
+        """
+        from foveate.vlm import VLM
+
+        self.check(vlm)
+        model = vlm.model
+        if self.of("weights"):
+            shared = [*model.parameters(), *model.buffers()]
+            model = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+        after = VLM(vlm.adapter.with_model(model), vlm.name, vlm.recipe + self)
+        for method in self.of("weights"):
+            method.apply_(after)
+        if self and not quiet:
+            from foveate.effect import effect
+
+            print(effect(vlm, after).text(), file=sys.stderr)
+        return after
+
+    def prepare_(self, parts: dict[str, nn.Module]) -> None:
+        """Give the parts of an empty model the layers that this recipe's checkpoint has tensors for."""
+        for method in self.of("weights"):
+            method.prepare_(parts)
+
+    # ---- in a checkpoint
+
+    def to_json(self, family: str) -> dict[str, Any]:
+        """The content of recipe.json in a checkpoint of `family`."""
+        from foveate import __version__
+
+        return {"foveate": __version__, "family": family, "recipe": self.text(), **self.to_dict()}
+
+    @classmethod
+    def restore(cls, folder: Path, family: str) -> Recipe:
+        """The recipe that a checkpoint of `family` was saved with, empty if none. Raises CheckpointError."""
+        path = folder / FILE
+        if not path.is_file():
+            return cls()
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(data, dict) and data.get("family", family) != family:
+                raise RecipeError(f"it was made for {data['family']!r} models, the checkpoint is {family!r}")
+            return cls.from_dict(data)
+        except (OSError, ValueError, FoveateError) as error:
+            raise CheckpointError(f"{path} cannot be used: {error}") from None
+
+
+def _conflict(first: Method, second: Method) -> str:
+    """Why two methods cannot stand in one recipe, or ""."""
+    if first.socket != second.socket:
+        return ""
+    if first.socket == "cache":
+        return "are both caches, and a request has one"
+    if first.socket == "reduce" and (site := next((s for s in first.sites if s in second.sites), None)):
+        return f"both reduce at site {site}"
+    if first.socket == "weights" and first.exclusive == second.exclusive:
+        part = next((part for part in first.parts if part in second.parts), None)
+        return f"both change the {first.exclusive} of {part}" if part else ""
+    return ""
+
+
+def _check_order(reducers: tuple[Any, ...]) -> None:
+    from foveate.reduce.base import SITES
+
+    for first, second in pairwise(reducers):
+        if SITES.index(first.sites[0]) > SITES.index(second.sites[0]):
+            raise RecipeError(
+                f"{second.name} acts at {second.sites[0]}, before {first.name} at {first.sites[0]}; "
+                f"write {second.name} first"
+            )
+
+
+def _entry(entry: Any) -> tuple[Method, ...]:
+    """The methods of one list entry."""
+    if isinstance(entry, str):
+        return parse_recipe(entry)
+    if not isinstance(entry, dict):
+        raise RecipeError(f"{entry!r} is no method; write a text or {{'name': ...}}")
+    if "name" in entry:
+        params = {key: value for key, value in entry.items() if key != "name"}
+        return (_method(entry["name"], params),)
+    if len(entry) != 1:
+        raise RecipeError(f"a method needs the key 'name'; found {', '.join(map(str, entry)) or 'none'}")
+    ((name, params),) = entry.items()
+    return (_method(name, params or {}),)
+
+
+def _method(name: Any, params: Any) -> Method:
+    if not isinstance(name, str) or not isinstance(params, dict):
+        raise RecipeError(f"{name!r} with {params!r} is no method; write {{'name': ..., parameter: value}}")
+    return METHODS.get(name).from_params(params)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

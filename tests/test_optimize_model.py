@@ -1,0 +1,256 @@
+"""`optimize` on the tiny random model: costs, cached answers, output folder, user's data, the command."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import foveate
+from foveate.cli import main as cli
+from foveate.data.sample import ImageSource, Sample
+from foveate.errors import InputError
+from foveate.optimize import Budget, optimize
+from foveate.optimize import workbench as workbench_module
+from foveate.optimize.run import Effort
+from foveate.optimize.samples import halve_by_picture, interleave, splits
+from foveate.optimize.space import candidates, ranges
+from foveate.optimize.workbench import ModelWorkbench
+from foveate.registry import METHODS
+from foveate.tasks.base import TASKS, FileTask, Task
+from foveate.vlm import Request
+
+FEW = ("uniform", "rtn")
+TINY = Effort(rungs=((4, 2), (8, 1)), prove=8, timed=1)
+SKILLS = ("colour", "compare")
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """Two skills, answers of two tokens: a random model never ends by itself."""
+    return [replace(TASKS.get(f"world/{skill}"), max_new_tokens=2) for skill in SKILLS]
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch):
+    monkeypatch.setattr(workbench_module, "PAIRS", 2)
+    monkeypatch.setattr(workbench_module, "UNIT_SECONDS", 0.0)
+    monkeypatch.setattr(workbench_module, "PICTURES", 2)
+
+
+@pytest.fixture
+def bench(vlm, tasks):
+    first, second = splits(tasks, choose=4, prove=2)
+    return ModelWorkbench(vlm, first, second, data="world", quiet=True)
+
+
+# ---- questions
+
+
+def test_choice_and_proof_share_no_scene(tasks):
+    first, second = splits(tasks, choose=6, prove=6, seed=3)
+    assert len(first) == len(second) == 12 and set(first.skills[:2]) == set(SKILLS)
+    drawn = [
+        {media["image"].name for q in split.questions for media in q.item.messages[0]["content"] if "image" in media}
+        for split in (first, second)
+    ]
+    assert drawn[0] and not drawn[0] & drawn[1]
+
+
+def test_own_data_are_halved_by_picture():
+    picture = [f"{i // 3}.png" for i in range(30)]
+    samples = [Sample(str(i), [ImageSource(picture[i])], [[("q", "a")]]) for i in range(30)]
+    samples.append(Sample("both", [ImageSource("0.png"), ImageSource("1.png")], [[("q", "a")]]))
+    first, second = halve_by_picture(samples, seed=1)
+    names = [{m.data for s in half for m in s.media} for half in (first, second)]
+    assert not names[0] & names[1] and len(first) + len(second) == 31 and min(len(first), len(second)) >= 12
+    assert [s.id for s in halve_by_picture(samples, seed=1)[0]] == [s.id for s in first]
+    assert [s.id for s in halve_by_picture(samples, seed=2)[0]] != [s.id for s in first]
+    assert halve_by_picture(samples[:1]) == (samples[:1], [])
+
+
+def test_every_prefix_holds_all_skills(bench):
+    questions = [replace(bench.choose.questions[0], skill=s) for s in ["a"] * 9 + ["b"] * 3]
+    order = [q.skill for q in interleave([questions])]
+    assert order[:4].count("b") == 1 and order.count("b") == 3
+
+
+# ---- space and costs
+
+
+def test_a_method_may_declare_its_own_range():
+    class Mine(METHODS.get("uniform")):
+        space: ClassVar = {"keep": (0.5, 1)}
+
+    assert ranges(Mine) == {"keep": (0.5, 1)} and ranges(METHODS.get("int8")) == {}
+    recipes = [trial.recipe for trial in candidates([Mine, METHODS.get("int8")])]
+    assert recipes == [
+        "int8",
+        "uniform(keep=0.5)",
+        "uniform(keep=0.5) + int8",
+        "uniform(keep=1)",
+        "uniform(keep=1) + int8",
+    ]
+
+
+def test_predicted_tokens_and_bytes_are_those_of_the_model(bench, vlm):
+    recipe = "fastervlm(keep=0.35) + rtn(bits=8) + int8"
+    cost, dense = bench.cost(recipe), bench.cost("")
+    small = foveate.Recipe.parse(recipe).apply(vlm, quiet=True)
+    answers = small.answer([Request(messages=q.item.messages) for q in bench.choose.questions], max_new_tokens=1)
+    assert cost.tokens == pytest.approx(np.mean([a.tokens["kept"] for a in answers]))
+    assert dense.tokens == pytest.approx(np.mean([a.tokens["visual"] for a in answers]))
+    stored = {id(t): t.nbytes for t in [*small.model.parameters(), *small.model.buffers()]}
+    assert cost.parts["weights"] == pytest.approx(sum(stored.values()), rel=0.01)
+    assert cost.flops < dense.flops and cost.bytes < dense.bytes and cost.parts["selection"] > 0
+
+
+def test_cached_answers_are_those_of_the_model(bench, vlm):
+    """Nothing may hang on the cache of features: not the method, the weights, the batch or the order."""
+    everything = "rtn(bits=4, parts=[llm, vision_tower, mm_projector])"
+    for recipe in ("", "random(keep=0.3) + int8", f"fastervlm(keep=0.5) + {everything}", "uniform(keep=0.5)"):
+        small = foveate.Recipe.parse(recipe).apply(vlm, quiet=True) if recipe else vlm
+        requests = [Request(messages=q.item.messages) for q in bench.choose.questions]
+        expected = [answer.text for answer in small.answer(requests, max_new_tokens=2)]
+        assert bench.answers(recipe, "choose", range(len(expected))) == expected
+
+
+# ---- the main job
+
+
+def test_optimize_writes_a_model_and_a_report(vlm, tasks, tmp_path, capfd):
+    out = tmp_path / "small"
+    report = optimize(
+        vlm, Budget.parse(bytes="0.8x", loss="100pt"), tasks=tasks, effort=TINY, out=out, command="foveate optimize x"
+    )
+    assert report["met"] and report["quality"]["held_back"] and report["quality"]["n"] == 8
+    assert set(report) >= {"recipe", "met", "quality", "cost", "front", "binding", "nearest", "trials", "conditions"}
+    assert set(report["quality"]) >= {"mean_delta", "low", "high", "skills"} and set(
+        report["quality"]["skills"]
+    ) == set(SKILLS)
+    assert report["cost"]["bytes"] <= 0.8 * report["dense"]["cost"]["bytes"] and report["cost"]["ttft_ms"] > 0
+    assert json.loads((out / "report.json").read_text()) == report
+    assert not [path for path in tmp_path.iterdir() if path != out]
+    loaded = foveate.load(out)
+    assert loaded.recipe.text() == report["recipe"]
+    assert loaded.ask(Image.new("RGB", (64, 64)), "What colour?", max_new_tokens=2).ids is not None
+    page = (out / "report.html").read_text()
+    assert not re.search(r"(src|href|url\()\s*=?\s*[\"']?\s*(https?:)?//", page) and "<script" not in page
+    for part in (
+        "<svg",
+        "data:image/png;base64,",
+        'id="front"',
+        'id="proof"',
+        'id="skills"',
+        'id="rejected"',
+        report["recipe"],
+    ):
+        assert part in page, part
+    for word in ("torch", "foveate optimize x", "seed"):
+        assert word in page[page.index('id="conditions"') :], word
+    with pytest.raises(InputError, match="already holds the recipe"):
+        optimize(loaded, effort=TINY, tasks=tasks)
+
+
+def test_unreachable_budget_changes_nothing_and_says_what_binds(vlm, tasks, tmp_path):
+    out = tmp_path / "none"
+    report = optimize(vlm, Budget.parse(flops="0.01x"), tasks=tasks, effort=TINY, out=out, methods=FEW)
+    assert not report["met"] and report["recipe"] is None and report["binding"] == ["flops"]
+    assert report["nearest"][0]["flops"] > 0.01 * report["dense"]["cost"]["flops"]
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json"]
+    optimize(
+        vlm, Budget.parse(flops="0.02x"), tasks=tasks, effort=TINY, out=out, methods=["rtn"]
+    )  # an earlier result is replaced
+    assert json.loads((out / "report.json").read_text())["budget"]["flops"] == "0.02x"
+
+
+def test_ctrl_c_keeps_the_best_so_far(vlm, tasks, tmp_path, monkeypatch):
+    real, calls = ModelWorkbench.scores, []
+
+    def scores(self, recipe, split, n):
+        calls.append(recipe)
+        if split == "prove":
+            raise KeyboardInterrupt
+        return real(self, recipe, split, n)
+
+    monkeypatch.setattr(ModelWorkbench, "scores", scores)
+    out = tmp_path / "part"
+    report = optimize(vlm, Budget.parse(bytes="0.8x", loss="100pt"), tasks=tasks, effort=TINY, out=out, methods=["rtn"])
+    assert report["interrupted"] and not report["met"] and "not proven" in report["verdict"]
+    assert foveate.load(out).recipe.text() == report["recipe"]
+
+
+def test_other_folders_are_not_overwritten(vlm, tasks, tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(InputError, match="already exists"):
+        optimize(vlm, tasks=tasks, effort=TINY, out=tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "x"
+
+
+def test_a_failing_write_leaves_nothing(vlm, tasks, tmp_path, monkeypatch):
+    def full(self, recipe, folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ModelWorkbench, "save", full)
+    with pytest.raises(InputError, match="No space left"):
+        optimize(
+            vlm, Budget.parse(bytes="0.8x", loss="100pt"), tasks=tasks, effort=TINY, out=tmp_path / "out", methods=FEW
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def write_questions(folder: Path, n: int) -> Path:
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(n):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        rows.append({"id": str(i), "image": f"{i}.png", "question": "What?", "answer": "red"})
+    rows.append({"id": "bad", "image": "missing.png", "question": "What?", "answer": "red"})
+    path = folder / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_users_own_questions(vlm, tmp_path):
+    path = write_questions(tmp_path, 8)
+    task: Task = FileTask("data", path=path, max_new_tokens=2)
+    report = optimize(
+        vlm, Budget.parse(bytes="0.8x", loss="100pt"), tasks=[task], data=path, effort=TINY, limit=4, methods=FEW
+    )
+    assert report["quality"]["n"] == 4 and report["conditions"]["skipped questions"].startswith("1")
+    single = optimize(
+        vlm,
+        Budget.parse(bytes="0.8x", loss="100pt"),
+        tasks=[replace(task, path=write_questions(tmp_path, 1))],
+        effort=TINY,
+        methods=["rtn"],
+    )
+    assert not single["met"] and "no held-back sample" in single["verdict"]
+
+
+def test_the_command(nano_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = write_questions(tmp_path, 2)
+    common = ["optimize", str(nano_folder), "--data", str(path), "--method", "rtn", "--limit", "1", "--device", "cpu"]
+    code = cli([*common, "--max-bytes", "0.9x", "--max-loss", "100pt", "-o", "out", "--json", "--quiet"])
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert code == 0 and report["met"] and report["recipe"].startswith("rtn") and captured.err == ""
+    assert cli([*common, "--max-bytes", "1B", "--quiet"]) == 1
+    shown = capsys.readouterr().out
+    assert "No recipe meets the budget" in shown and "Nearest" in shown and "bytes" in shown
+    assert (tmp_path / f"{nano_folder.name}-optimized" / "report.html").is_file()
+    for wrong, said in (
+        (["--max-flops", "half"], "--max-flops half"),
+        (["--data", "no.jsonl"], "no.jsonl"),
+        (["--task", "world/color"], "world/colour"),
+    ):
+        assert cli(["optimize", str(nano_folder), *wrong]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1

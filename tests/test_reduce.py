@@ -1,0 +1,368 @@
+"""Token reduction: goldens, pure selectors, signals against an eager oracle, and what stays of a request."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import foveate
+from foveate.adapters.base import received_attention
+from foveate.adapters.layout import NEWLINE, VALID, VisualLayout
+from foveate.errors import RecipeError, UnsupportedError
+from foveate.recipe import Recipe
+from foveate.reduce.base import Reduction, Scorer, evenly, top_k
+from foveate.reduce.fastervlm import FasterVLM, keep_mask
+from foveate.reduce.random import Random
+from foveate.reduce.uniform import Uniform, grid
+from foveate.runtime import Clock, request_key, select
+from foveate.vlm import Request
+from goldens_io import goldens_dir, read_npz
+
+RNG = np.random.default_rng(1)
+PICTURE, OTHER = (RNG.integers(0, 256, (90, 120, 3), dtype=np.uint8) for _ in range(2))
+CLIP = RNG.integers(0, 256, (7, 60, 60, 3), dtype=np.uint8)
+MEDIA = {"picture": PICTURE, "two": [PICTURE, OTHER], "clip": CLIP}
+FAMILIES = ("nvila", "lite", "video")
+METHODS = ("random", "uniform", "fastervlm")
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {f: foveate.load(goldens_dir("nvila") / f / "ckpt", device="cpu") for f in FAMILIES}
+
+
+def rows(vlm, request):
+    plan = vlm.plan(request.to_messages())
+    with torch.inference_mode():
+        return vlm._rows([plan], [vlm.prepare(plan)], [vlm.reducers(request.reduce)], Clock(vlm.device))[0], plan
+
+
+def cases(path):
+    arrays = read_npz(path)
+    names = sorted({key.split("/")[0] for key in arrays} - {"shared"})
+    for name in names:
+        own: dict = {}
+        for case in ("shared", name):
+            for key, value in arrays.items():
+                where, kind, leaf = key.split("/", 2)
+                if where == case:
+                    own[kind, leaf] = json.loads(str(value)) if kind == "param" else value
+        yield name, own
+
+
+def test_golden_tokens_fastervlm():
+    path = goldens_dir("tokens") / "fastervlm.npz"
+    seen = 0
+    for name, case in cases(path):
+        attention = torch.from_numpy(case["in", "cls_attn"])
+        mask, score = keep_mask(attention, case["param", "keep"])
+        np.testing.assert_array_equal(mask.numpy(), case["out", "mask"], err_msg=name)
+        np.testing.assert_allclose(score.numpy(), case["out", "score"], rtol=1e-4, atol=1e-5, err_msg=name)
+        kept = np.stack([row.nonzero().flatten().numpy() for row in mask])
+        np.testing.assert_array_equal(kept, case["out", "keep"], err_msg=name)
+        # the method itself, each view of the golden as a view of one request
+        views, patches = score.shape
+        layout = flat_layout(views, patches)
+        chosen = FasterVLM(keep=case["param", "keep"]).select({"cls_attention": score.flatten()}, layout).keep
+        np.testing.assert_array_equal(chosen.numpy(), mask.flatten().nonzero().flatten().numpy(), err_msg=name)
+        seen += 1
+    assert seen
+
+
+def flat_layout(views, patches, side=None):
+    """A layout of `views` views of one picture, each a raster of side x patches / side."""
+    side = side or 1
+    n = views * patches
+    cell = torch.arange(n) % patches
+    cols = patches // side
+    view = torch.arange(n) // patches
+    none = torch.full((n,), -1)
+    return VisualLayout(
+        media=torch.zeros(n, dtype=torch.int64),
+        view=view,
+        frame=none,
+        row=cell // cols,
+        col=cell % cols,
+        global_row=none,
+        global_col=none,
+        kind=torch.full((n,), VALID),
+        position=torch.arange(n),
+        size=torch.ones(n),
+    )
+
+
+# ---- pure parts
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.data())
+@settings(max_examples=60, deadline=None)
+def test_grid_is_even_and_exact(rows, cols, data):
+    count = data.draw(st.integers(0, rows * cols))
+    picked = grid(rows, cols, count)
+    assert len(picked) == count == len(set(picked.tolist()))
+    assert picked.tolist() == sorted(picked.tolist())
+    assert not count or 0 <= int(picked.min()) <= int(picked.max()) < rows * cols
+    per_row = torch.bincount(picked // cols, minlength=rows)
+    used = per_row[per_row > 0]
+    assert not count or int(used.max() - used.min()) <= 1
+    assert evenly(count, rows * cols).unique().tolist() == evenly(count, rows * cols).tolist()
+
+
+def test_uniform_spreads_over_both_directions():
+    picked = grid(8, 8, 16)
+    quadrants = (picked // 8 // 4) * 2 + picked % 8 // 4
+    assert torch.bincount(quadrants, minlength=4).tolist() == [4, 4, 4, 4]
+    assert len(set((picked % 8).tolist())) >= 6  # rows are shifted against each other
+
+
+def test_ties_go_to_the_earlier_token():
+    assert top_k(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 2).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("keep", "n", "count"),
+    [(0.5, 5, 3), (0.25, 10, 3), (0.01, 10, 1), (1.0, 7, 7), (3, 10, 3), (12, 10, 10), (1, 9, 1)],
+)
+def test_keep_is_a_fraction_or_a_number(keep, n, count):
+    assert Uniform(keep=keep).count(n) == count
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.5, 1.5, 0, -3, "half", True, None, float("nan")])
+def test_keep_out_of_range_is_refused(keep):
+    with pytest.raises(RecipeError, match="keep is"):
+        Uniform(keep=keep)
+
+
+PINNED = [0, 2, 5, 14]
+
+
+def test_random_is_pinned_seeded_and_different_for_each_request():
+    layout = flat_layout(1, 16, 4)
+    kept = Random(keep=4).select({"request_key": torch.tensor(123)}, layout).keep.tolist()
+    assert kept == PINNED  # another process, machine or release draws the same
+    assert Random(keep=4, seed=1).select({"request_key": torch.tensor(123)}, layout).keep.tolist() != kept
+    assert Random(keep=4).select({"request_key": torch.tensor(124)}, layout).keep.tolist() != kept
+
+
+def test_merging_weights_are_applied_and_the_identity_changes_no_bit():
+    features = torch.randn(4, 3)
+    assert torch.equal(Reduction(torch.arange(4)).apply(features), features)
+    merge = Reduction(torch.tensor([0, 2]), torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0.25, 0.75]]))
+    expected = torch.stack([features[:2].mean(0), 0.25 * features[2] + 0.75 * features[3]])
+    torch.testing.assert_close(merge.apply(features), expected)
+    torch.testing.assert_close(Reduction(merge.keep, merge.weights.to_sparse()).apply(features), expected)
+
+
+# ---- on models
+
+
+@pytest.mark.parametrize("media", MEDIA)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layout_places_every_visual_token(models, family, media):
+    vlm = models[family]
+    plan = vlm.plan(Request("what?", MEDIA[media]).to_messages())
+    layout = vlm.adapter.layout(plan)
+    ids = torch.as_tensor(plan.input_ids)
+    features = layout.features()
+    assert len(layout) == plan.num_visual
+    assert len(features) == sum(item.num_features for item in plan.media)
+    assert set(ids[features.position].tolist()) <= set(vlm.adapter.placeholders)
+    assert not set(ids[layout[layout.kind == NEWLINE].position].tolist()) & set(vlm.adapter.placeholders)
+    assert layout.position.tolist() == sorted(layout.position.tolist())
+    side = vlm.spec.token_side
+    for group in features.groups("view"):
+        part = features[group]
+        assert len(group) == side * side
+        assert (part.row * side + part.col).sort().values.tolist() == list(range(side * side))
+    joined = features[features.global_row >= 0]
+    where = torch.stack([joined.media, joined.frame, joined.global_row, joined.global_col])
+    assert where.unique(dim=1).shape[1] == len(joined)  # no two tokens of a picture at one place
+
+
+def test_views_of_a_layout_are_the_tiles_they_show(models):
+    """Row and column in the whole picture follow from the tile and the place in it, for S2 and for Lite."""
+    for family in ("nvila", "lite"):
+        vlm = models[family]
+        plan = vlm.plan(Request("what?", PICTURE).to_messages())
+        (media,) = plan.media
+        layout = vlm.adapter.layout(plan).features()
+        last = max(view.scale for view in media.views)
+        tiles = [view for view in media.views if view.scale == last]
+        for group, tile in zip(layout.groups("view"), tiles):
+            part = layout[group]
+            assert torch.equal(part.global_row, tile.row * vlm.spec.token_side + part.row), family
+            assert torch.equal(part.global_col, tile.col * vlm.spec.token_side + part.col), family
+
+
+@pytest.mark.parametrize("media", MEDIA)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_all_is_the_identity_bit_for_bit(models, family, method, media):
+    vlm = models[family]
+    dense = vlm.logits(Request("what?", MEDIA[media]))
+    assert torch.equal(vlm.logits(Request("what?", MEDIA[media], reduce=f"{method}(keep=1.0)")), dense)
+    halved = vlm.logits(Request("what?", MEDIA[media], reduce=f"{method}(keep=0.3)"))
+    assert not torch.equal(halved, dense)
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.6, 2])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_many_tokens_stay_as_were_asked_for(models, family, method, keep):
+    vlm = models[family]
+    for media in MEDIA.values():
+        request = Request("what?", media, reduce=f"{method}(keep={keep})")
+        row, plan = rows(vlm, request)
+        (reducer,) = vlm.reducers(request.reduce)
+        layout = vlm.adapter.layout(plan).features()
+        groups = layout.groups(reducer.scope)
+        inside = [torch.isin(row.reduction.keep, group).sum().item() for group in groups]
+        assert inside == [reducer.count(len(group)) for group in groups]
+        assert row.kept == sum(inside) == reducer.budget(layout)
+        placeholders = torch.isin(row.input_ids, torch.tensor(vlm.adapter.placeholders))
+        assert int(placeholders.sum()) == row.kept
+        # text and separators stay, in order
+        ids = torch.as_tensor(plan.input_ids)
+        text = ~torch.isin(ids, torch.tensor(vlm.adapter.placeholders))
+        assert torch.equal(row.input_ids[~placeholders], ids[text])
+
+
+def test_positions_are_kept_or_renumbered_as_the_method_says(models):
+    vlm = models["nvila"]
+    row, plan = rows(vlm, Request("what?", PICTURE, reduce="uniform(keep=0.25)"))
+    layout = vlm.adapter.layout(plan).features()
+    visual = torch.isin(row.input_ids, torch.tensor(vlm.adapter.placeholders))
+    assert torch.equal(row.positions[visual], layout.position[row.reduction.keep])
+    assert row.next_position == plan.num_tokens
+    row, plan = rows(vlm, Request("what?", PICTURE, reduce="fastervlm(keep=0.25)"))
+    assert row.positions.tolist() == list(range(len(row.input_ids)))
+    assert row.next_position == len(row.input_ids)
+
+
+def test_a_method_may_hand_its_tokens_over_in_another_order(models):
+    class Backwards(Uniform):
+        def select(self, signals, layout):
+            return Reduction(super().select(signals, layout).keep.flip(0))
+
+    vlm = models["nvila"]
+    plan = vlm.plan(Request("what?", PICTURE).to_messages())
+    with torch.inference_mode():
+        encoded = vlm.adapter.encode([vlm.prepare(plan)], [plan])[0]
+    row = select(vlm.adapter, plan, encoded, (Backwards(keep=5),))
+    visual = torch.isin(row.input_ids, torch.tensor(vlm.adapter.placeholders))
+    layout = vlm.adapter.layout(plan).features()
+    assert torch.equal(row.features, encoded.features[row.reduction.keep])
+    assert torch.equal(row.positions[visual], layout.position[row.reduction.keep])
+    assert row.positions[visual].tolist() == sorted(row.positions[visual].tolist(), reverse=True)
+
+
+def test_the_request_key_follows_prompt_and_pixels(models):
+    vlm = models["nvila"]
+
+    def key(text, media):
+        return request_key(vlm.prepare(vlm.plan(Request(text, media).to_messages())))
+
+    assert key("what?", PICTURE) == key("what?", PICTURE.copy())
+    assert len({key("what?", PICTURE), key("who?", PICTURE), key("what?", OTHER)}) == 3
+
+
+def test_received_attention_is_that_of_the_layer():
+    """Against the eager attention of SigLIP itself, in the layer whose output is used."""
+    vlm = foveate.load(goldens_dir("nvila") / "video" / "ckpt", device="cpu", attn="eager")
+    plan = vlm.plan(Request("what?", [PICTURE, OTHER]).to_messages())
+    inputs = vlm.prepare(plan)
+    weights: list[torch.Tensor] = []
+    model = vlm.model
+    layers = model.vision_tower.encoder.layers[: model.config.num_vision_layers]
+    handle = layers[-1].self_attn.register_forward_hook(lambda m, a, out: weights.append(out[1]))
+    with torch.inference_mode():
+        model.tower(inputs.pixel_values)
+        handle.remove()
+        found = vlm.adapter.encode([inputs], [plan], {"received_attention"})[0].signals["received_attention"]
+    maps = weights[0].mean(dim=(1, 2))  # [views, P]: mean over heads and queries
+    spec = vlm.spec
+    cells = maps.view(2, spec.side, spec.side)
+    expected = [
+        cells[v, r : r + spec.downsample, c : c + spec.downsample].mean()
+        for v in range(2)
+        for r in range(0, spec.side, spec.downsample)
+        for c in range(0, spec.side, spec.downsample)
+    ]
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
+def test_received_attention_is_the_same_in_small_pieces():
+    query, key = torch.randn(5, 9, 8), torch.randn(5, 9, 8)
+    whole = received_attention(query, key, 2, 0.5)
+    torch.testing.assert_close(received_attention(query, key, 2, 0.5, limit=1), whole)
+    torch.testing.assert_close(whole.sum(dim=1), torch.ones(5))
+
+
+def test_the_most_attended_patch_is_the_token_at_its_place(models):
+    """A single bright patch of a tile lights up the token whose layout entry says tile, row and column."""
+    for family in ("nvila", "lite"):
+        vlm = models[family]
+        plan = vlm.plan(Request("what?", PICTURE).to_messages())
+        (media,) = plan.media
+        layout = vlm.adapter.layout(plan).features()
+        last = max(view.scale for view in media.views)
+        r, side = vlm.spec.downsample, vlm.spec.side
+        for index, view in enumerate(media.views):
+            if view.scale != last:
+                continue
+            row, col = side - 2, 1
+            scores = torch.zeros(len(media.views), side * side)
+            scores[index, row * side + col] = 1.0
+            units = [media.block] if media.block else [(0, 0)] * len(media.views)
+            counts = [len(media.views)] if media.block else [1] * len(media.views)
+            parts = scores.split(counts)
+            found = torch.cat([vlm.adapter._to_tokens(p, u, False) for p, u in zip(parts, units)])
+            best = int(found.argmax())
+            assert int(layout.global_row[best]) == view.row * vlm.spec.token_side + row // r
+            assert int(layout.global_col[best]) == view.col * vlm.spec.token_side + col // r
+
+
+def test_a_clip_keeps_an_equal_share_of_each_group(models):
+    vlm = models["nvila"]
+    row, plan = rows(vlm, Request("what?", CLIP, reduce="uniform(keep=0.5)"))
+    layout = vlm.adapter.layout(plan).features()[row.reduction.keep]
+    shares = torch.bincount(layout.view)
+    assert int(shares.max() - shares.min()) == 0
+
+
+def test_a_method_without_its_signal_or_site_says_what_to_use(models):
+    class Unmet(FasterVLM):
+        signals = ("moon_phase",)
+
+    class Elsewhere(Uniform):
+        sites = ("llm",)
+
+    with pytest.raises(UnsupportedError, match=r"moon_phase.*try 'uniform'"):
+        Unmet(keep=0.5).check(models["nvila"])
+    with (
+        pytest.raises(UnsupportedError, match=r"site 'llm'.*post_projector"),
+        Elsewhere(keep=0.5).attach(models["nvila"]),
+    ):
+        pass
+    with pytest.raises(RecipeError, match="weights"), Recipe.parse("rtn").methods[0].attach(models["nvila"]):
+        pass
+
+
+def test_a_scorer_of_features_is_twenty_lines(models):
+    """What CONTRIBUTING shows: a new method needs a score, and works on every family."""
+
+    class Norm(Scorer):
+        name = "norm"
+        signals = ("features",)
+
+        def score(self, signals, layout):
+            return signals["features"].norm(dim=-1)
+
+    for vlm in models.values():
+        answer = vlm.ask(PICTURE, "what?", max_new_tokens=2, reduce=Norm(keep=0.5))
+        assert answer.tokens["kept"] == len(answer.kept) < answer.tokens["visual"]
