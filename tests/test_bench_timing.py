@@ -34,6 +34,13 @@ def test_the_same_model_twice_is_no_gain():
     assert not rows[0].real and rows[0].low <= 1 <= rows[0].high
 
 
+def test_a_small_difference_of_a_restless_model_is_no_gain():
+    drift = iter(range(10_000))
+    restless = lambda i: {"total": 10.0 * (1.3 if next(drift) % 2 else 1.0)}  # noqa: E731 against itself: 0.77 or 1.3
+    (row,), _ = compare(lambda i: {"total": 9.0}, restless, pairs=30, min_seconds=0, busy=quiet)
+    assert row.high < 1 and not row.real
+
+
 def test_busy_pairs_are_dropped_whole_and_counted():
     calls = iter(range(10_000))
     rows, run = compare(

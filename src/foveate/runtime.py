@@ -231,7 +231,7 @@ def pad(rows: Sequence[Row], adapter: Adapter) -> tuple[Tensor, Tensor | None, T
     for index, row in enumerate(rows):
         start = length - len(row.input_ids)
         ids[index, start:] = row.input_ids
-        mask[index, :] = 1
+        mask[index, start:] = 1
         positions[..., index, start:] = row.positions
     return ids, None if bool(mask.all()) else mask, positions
 

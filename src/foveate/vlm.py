@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -230,6 +230,17 @@ class VLM:
         clock = Clock(self.device)
         rows = self._rows([plan], [self.prepare(plan)], [self.reducers(request.reduce)], clock)
         return prefill(self.adapter, rows, self.new_cache())[0][0]
+
+    def with_spec(self, **changes: Any) -> VLM:
+        """The same weights with fields of the preprocessing spec changed, for instance `mode="resize"`, `num_frames=4`.
+
+        Raises InputError for a field that there is not, or a value that does not fit.
+        """
+        known = [field.name for field in fields(self.spec)]
+        if wrong := [name for name in changes if name not in known]:
+            raise InputError(f"the preprocessing spec has no field {wrong[0]!r}; known: {', '.join(known)}")
+        spec = replace(self.spec, **changes)
+        return VLM(type(self.adapter)(self.model, self.tokenizer, spec), self.name, self.recipe)
 
     # ---- methods
 

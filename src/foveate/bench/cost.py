@@ -355,7 +355,7 @@ class Device:
         """Roofline time in milliseconds: the slower of computing and reading."""
         compute = flop / (self.flops[dtype] * self.reach["flops"])
         read = moved / (self.bandwidth.get(dtype, self.bandwidth.get("", 0.0)) * self.reach["bandwidth"])
-        return 1000 * (compute + read)
+        return 1000 * max(compute, read)
 
 
 def devices() -> dict[str, Device]:

@@ -76,12 +76,13 @@ def optimize(
     found = search(bench, budget, effort, seed=seed, say=say)
     bench.close()
     found.seconds = time.monotonic() - start
-    report = to_report(found, model=vlm.name, data=about, conditions=_conditions(vlm, bench, effort, seed, command))
+    report: dict[str, Any] = to_report(
+        found, model=vlm.name, data=about, conditions=_conditions(vlm, bench, effort, seed, command)
+    )
     if out is not None:
-        keep = found.winner if found.met or found.proof is None else None
-        pictures = _pictures(bench, found)
-        report["out"] = str(out) if keep else None
-        write(Path(out), report, pictures, (lambda path: bench.save(keep.recipe, path)) if keep else None)
+        kept, pictures = found.kept, _pictures(bench, found)
+        report["out"] = str(out) if kept else None
+        write(Path(out), report, pictures, (lambda path: bench.save(kept.recipe, path)) if kept else None)
     return report
 
 

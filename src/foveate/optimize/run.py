@@ -110,6 +110,11 @@ class Outcome:
     interrupted: bool = False
     seconds: float = 0.0
 
+    @property
+    def kept(self) -> Trial | None:
+        """The winner when it is worth saving: proved, or not disproved because there was no time or no sample to."""
+        return self.winner if self.met or self.proof is None else None
+
 
 Say = Callable[[str], None]
 
@@ -144,13 +149,7 @@ def search(
     for trial in trials:
         if trial.status == "alive":
             _explain(trial, found)
-    found.met = bool(
-        found.winner
-        and found.proof
-        and found.proof.n
-        and found.proof.mean >= -budget.max_loss - 1e-9
-        and not found.interrupted
-    )
+    found.met = bool(found.winner and found.proof and found.proof.mean >= -budget.max_loss - 1e-9)
     found.verdict = verdict(found)
     found.seconds = time.monotonic() - start
     return found
@@ -173,6 +172,7 @@ def _choose(bench: Workbench, found: Outcome, effort: Effort, seed: int, say: Sa
         rungs,
         groups=groups,
         seed=seed,
+        on_round=bench.stage,
     )
     limited = any(limit.axis == "ttft" for limit in found.budget.limits)
     first = choose(survivors, found.budget, found.dense)
@@ -278,11 +278,11 @@ def verdict(found: Outcome) -> str:
         if found.interrupted:
             return "Interrupted before any recipe met the budget; the model was not changed."
         return f"No recipe meets the budget. {hindrance(found)} The model was not changed."
-    if found.proof is None or not found.proof.n:
+    if found.proof is None:
         why = "the search was interrupted before the proof" if found.interrupted else "there is no held-back sample"
         return f"Best so far, not proven: {why}."
     shown = f"{found.proof.text()} against dense on {found.proof.n} held-back samples"
-    if found.interrupted:
+    if found.met and found.interrupted:
         return f"Budget met: {shown}; interrupted before the naive choices were compared."
     if found.proof.low >= -found.budget.max_loss:
         return f"Budget met and proven: {shown}; even the lower end loses at most {allowed}."

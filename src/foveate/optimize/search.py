@@ -80,7 +80,7 @@ def paired_interval(
     spread = [(other - dense)[labels == name] for name in names]
     error = sum(d.var(ddof=1) / len(d) if len(d) > 1 else 1.0 for d in spread) ** 0.5 / len(names)
     reach = Z**2 / (n + Z**2)
-    error = max(error, reach / Z)
+    error = float(max(error, reach / Z))
     if not (other != dense).any():
         return Interval(0.0, -reach, reach, n, error)
     low, high = min(found.low, found.value - reach / Z), max(found.high, found.value + reach / Z)

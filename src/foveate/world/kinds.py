@@ -12,6 +12,7 @@ _KINDS = Registry(
     {
         "scene": "foveate.world.pictures:scene",
         "count": "foveate.world.pictures:count",
+        "digits": "foveate.world.pictures:digits",
         "tags": "foveate.world.pictures:tags",
         "bars": "foveate.world.charts:bars",
         "lines": "foveate.world.charts:lines",
@@ -29,6 +30,7 @@ _KINDS = Registry(
 KINDS = (
     "scene",
     "count",
+    "digits",
     "tags",
     "bars",
     "lines",

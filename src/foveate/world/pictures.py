@@ -262,15 +262,27 @@ def count(rng: random.Random, options: Options) -> Draft:
 def tags(rng: random.Random, options: Options) -> Draft:
     """Labels of the six colours: large strings of 2 to 4 characters, single ones for training, tiny ones of 1 or 2."""
     plan = []
-    for colour in COLOURS:
+    for _ in COLOURS:
         kind = rng.random()
         if kind < 0.12:
-            text, size = random_string(rng, options.alphabet, 1, 1), rng.randint(18, 24)
+            plan.append((1, 1, rng.randint(18, 24)))
         elif kind < 0.66:
-            text, size = random_string(rng, options.alphabet, 2, 4), rng.randint(17, 22)
+            plan.append((2, 4, rng.randint(17, 22)))
         else:
-            text, size = random_string(rng, options.alphabet, 1, 2), SMALL
-        small = kind >= 0.66
+            plan.append((1, 2, SMALL))
+    return _labels(rng, options, plan)
+
+
+def digits(rng: random.Random, options: Options) -> Draft:
+    """Labels of the six colours with one character each, a third of them tiny: where reading starts (training only)."""
+    return _labels(rng, options, [(1, 1, SMALL if rng.random() < 0.35 else rng.randint(18, 24)) for _ in COLOURS])
+
+
+def _labels(rng: random.Random, options: Options, wanted: list[tuple[int, int, int]]) -> Draft:
+    """One label of each colour; wanted: (shortest, longest, size) of its text."""
+    plan = []
+    for colour, (low, high, size) in zip(COLOURS, wanted):
+        text, small = random_string(rng, options.alphabet, low, high), size == SMALL
         w = text_width(text, size) + (5 if small else rng.randint(6, 11))
         h = text_height(size) + (5 if small else rng.randint(6, 11))
         plan.append((w, h, colour, text, size, small))

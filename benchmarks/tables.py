@@ -1,0 +1,211 @@
+"""Write the tables of README and docs from benchmarks/results/*.json, between `<!-- table:NAME -->` and `<!-- /table -->`.
+
+    python benchmarks/tables.py            rewrite the files
+    python benchmarks/tables.py --check    exit 1 when a file is stale, and name it
+
+Nothing is typed by hand: a figure whose file is missing leaves a line that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARGIN, GOOD, WANTED = 0.3, 0.85, 8
+"""A skill passes at chance + MARGIN; at least WANTED skills are meant to reach GOOD."""
+REAL_NOTES = {
+    "easy-vqa": "drawn shapes, trained on its train split",
+    "nlvr": "human sentences about rendered pictures, trained on a part of its dev split",
+    "flickr8k-match": "real photos, never trained on",
+}
+Row = dict[str, Any]
+
+
+def documents(root: Path = ROOT) -> list[Path]:
+    """README.md, CONTRIBUTING.md and every page of docs/."""
+    top = [root / "README.md", root / "CONTRIBUTING.md"]
+    return [file for file in [*top, *sorted((root / "docs").rglob("*.md"))] if file.is_file()]
+
+
+def rewrite(kind: str, make: Callable[[str], str], root: Path = ROOT, check: bool = False) -> list[Path]:
+    """Replace every block `<!-- kind:NAME -->...<!-- /kind -->` by make(NAME); returns the files that changed.
+
+    check: write nothing. Raises SystemExit naming the file for a block without an end.
+    """
+    pattern = re.compile(rf"^(<!-- {kind}:(.+?) -->\n)(.*?)(^<!-- /{kind} -->)", re.M | re.S)
+    changed = []
+    for file in documents(root):
+        text = file.read_text(encoding="utf-8")
+        opened = len(re.findall(rf"^<!-- {kind}:.+? -->$", text, re.M))
+        if opened != len(pattern.findall(text)):
+            raise SystemExit(f"{file.relative_to(root)}: {opened} blocks of {kind!r}, not all of them closed")
+        new = pattern.sub(lambda m: f"{m[1]}{make(m[2]).strip()}\n{m[4]}", text)
+        if new != text:
+            changed.append(file)
+            if not check:
+                file.write_text(new, encoding="utf-8")
+    return changed
+
+
+def load(name: str, results: Path = RESULTS) -> Row | None:
+    """The content of results/NAME.json, or None when it was not taken yet."""
+    path = results / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def missing(name: str) -> str:
+    return f"*Not taken yet: `benchmarks/results/{name}.json` is missing.*"
+
+
+def conditions(report: Row) -> str:
+    """The line that a number never travels without."""
+    versions = report.get("versions", {})
+    shown = ", ".join(f"{name} {versions[name]}" for name in ("foveate", "torch", "transformers") if name in versions)
+    threads = f", {report['threads']} of {report['cores']} threads" if "threads" in report else ""
+    seed = f", seed {report['seed']}" if "seed" in report else ""
+    return f"*{report.get('device', 'unknown device')}{threads}; {shown}; {report.get('date', 'no date')}{seed}.*"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; all columns but the first are aligned to the right."""
+    lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)]), *map(" | ".join, rows)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def accuracy(row: Row) -> str:
+    return f"{row['accuracy']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+# ---- nano
+
+
+def nano_quality(report: Row | None) -> str:
+    """Every skill of the drawn world: accuracy with its interval, chance, and what one scale or few frames leave."""
+    if report is None:
+        return missing("nano_quality")
+    tasks = report["high_resolution"]["tasks"]
+    poor = {**report.get("one_scale", {}).get("tasks", {})}
+    few = report.get("few_frames", {})
+    rows = []
+    for name, row in tasks.items():
+        skill = name.removeprefix("world/")
+        less, label = poor.get(name), "one scale"
+        if name in few.get("tasks", {}):
+            less, label = few["tasks"][name], f"{few.get('num_frames', 'few')} frames"
+        shown = [f"{less['accuracy']:.2f} ({label})", signed(row["accuracy"] - less["accuracy"])] if less else ["", ""]
+        mark = "" if row["accuracy"] >= row["chance"] + MARGIN else " ✗"
+        rows.append([f"`{skill}`{mark}", str(row["n"]), accuracy(row), f"{row['chance']:.3f}", *shown])
+    head = ["skill", "n", "accuracy [95 %]", "chance", "with less to see", "difference"]
+    good = sum(row["accuracy"] >= GOOD for row in tasks.values())
+    passed = sum(row["accuracy"] >= row["chance"] + MARGIN for row in tasks.values())
+    summary = (
+        f"{passed} of {len(tasks)} skills are at least {MARGIN} above chance (✗: not), "
+        f"{good} are at {GOOD} or better; the mean is {report['high_resolution']['mean']:.2f}."
+    )
+    return f"{table(head, rows)}\n\n{summary}\n\n{conditions(report)}"
+
+
+def nano_real(report: Row | None) -> str:
+    """The sets that were not drawn by us."""
+    if report is None or "real" not in report:
+        return missing("nano_quality") if report is None else "*Not taken yet: the real sets were not at hand.*"
+    rows = []
+    for name, row in report["real"]["tasks"].items():
+        majority = f"{row['majority']:.2f}" if "majority" in row else ""
+        rows.append([f"`{name}`", str(row["n"]), accuracy(row), f"{row['chance']:.2f}", majority, REAL_NOTES.get(name, "")])
+    head = ["set", "n", "accuracy [95 %]", "chance", "majority", "what it is"]
+    return f"{table(head, rows)}\n\n{conditions(report)}"
+
+
+def nano_limits(report: Row | None) -> str:
+    """The skills below the bar, as one item of a list of limits."""
+    if report is None:
+        return "- Skills below the bar: *not taken yet; `benchmarks/results/nano_quality.json` is missing.*"
+    tasks = report["high_resolution"]["tasks"]
+    below = [
+        f"`{name.removeprefix('world/')}` ({row['accuracy']:.2f}, chance {row['chance']:.2f})"
+        for name, row in tasks.items()
+        if row["accuracy"] < row["chance"] + MARGIN
+    ]
+    good = sum(row["accuracy"] >= GOOD for row in tasks.values())
+    bar = f"the bar of {MARGIN} above chance"
+    lines = [f"- Skills of `nano` below {bar}: {', '.join(below)}." if below else f"- No skill of `nano` is below {bar}."]
+    if good < WANTED:
+        lines.append(f"- {good} skills of `nano` reach {GOOD}; {WANTED} were wanted.")
+    middling = [n.removeprefix("world/") for n, r in tasks.items() if MARGIN <= r["accuracy"] - r["chance"] and r["accuracy"] < 0.7]
+    if middling:
+        names = ", ".join(f"`{name}`" for name in middling)
+        lines.append(f"- Above the bar, but wrong in more than three cases of ten: {names}.")
+    return "\n".join(lines)
+
+
+# ---- methods
+
+
+def method(name: str, report: Row | None) -> str:
+    """What each setting of a method keeps of nano's accuracy, and the skills that fall most."""
+    if report is None:
+        return missing("methods")
+    dense = report["dense"]
+    rows = []
+    for recipe, result in report["recipes"].items():
+        if recipe.partition("(")[0].strip() != name or "+" in recipe:
+            continue
+        falls = {task: row["accuracy"] - dense["tasks"][task]["accuracy"] for task, row in result["tasks"].items()}
+        worst = sorted(falls, key=falls.__getitem__)[:3]
+        shown = ", ".join(f"{task.removeprefix('world/')} {signed(falls[task])}" for task in worst if falls[task] < 0)
+        paired = result.get("paired")
+        interval = f" [{signed(paired['low'])}, {signed(paired['high'])}]" if paired else ""
+        difference = signed(result["mean"] - dense["mean"]) + interval
+        rows.append([f"`{recipe}`", f"{result['mean']:.3f}", difference, shown or "none falls"])
+    if not rows:
+        return f"*Not taken yet: `benchmarks/results/methods.json` holds no recipe of `{name}`.*"
+    head = ["recipe", "mean accuracy", "against dense", "falls most"]
+    lines = f"Dense: {dense['mean']:.3f}, mean over {len(dense['tasks'])} tasks of {report.get('limit', '?')} questions."
+    return f"{table(head, rows)}\n\n{lines}\n\n{conditions(report)}"
+
+
+TABLES: dict[str, tuple[str, Callable[[Row | None], str]]] = {
+    "nano_quality": ("nano_quality", nano_quality),
+    "nano_real": ("nano_quality", nano_real),
+    "nano_limits": ("nano_quality", nano_limits),
+}
+
+
+def make(name: str, results: Path = RESULTS) -> str:
+    """The Markdown of the table `name`."""
+    if name.startswith("methods_"):
+        return method(name.removeprefix("methods_"), load("methods", results))
+    if name not in TABLES:
+        raise SystemExit(f"unknown table {name!r}; known: {', '.join(TABLES)}, methods_<name>")
+    file, build = TABLES[name]
+    return build(load(file, results))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is stale")
+    check = parser.parse_args(argv).check
+    return report_changes(rewrite("table", make, check=check), check, "benchmarks/tables.py")
+
+
+def report_changes(changed: list[Path], check: bool, command: str) -> int:
+    """Say which files changed or are stale; the exit code."""
+    for file in changed:
+        print(f"{file.relative_to(ROOT)}: " + (f"stale; run python {command}" if check else "rewritten"))
+    return int(check and bool(changed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
