@@ -1,4 +1,4 @@
-"""Write the tables of README and docs from benchmarks/results/*.json, between `<!-- table:NAME -->` and `<!-- /table -->`.
+"""Write the tables of README and docs from benchmarks/results, between `<!-- table:NAME -->` and `<!-- /table -->`.
 
     python benchmarks/tables.py            rewrite the files
     python benchmarks/tables.py --check    exit 1 when a file is stale, and name it
@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,9 @@ def nano_real(report: Row | None) -> str:
     rows = []
     for name, row in report["real"]["tasks"].items():
         majority = f"{row['majority']:.2f}" if "majority" in row else ""
-        rows.append([f"`{name}`", str(row["n"]), accuracy(row), f"{row['chance']:.2f}", majority, REAL_NOTES.get(name, "")])
+        rows.append(
+            [f"`{name}`", str(row["n"]), accuracy(row), f"{row['chance']:.2f}", majority, REAL_NOTES.get(name, "")]
+        )
     head = ["set", "n", "accuracy [95 %]", "chance", "majority", "what it is"]
     return f"{table(head, rows)}\n\n{conditions(report)}"
 
@@ -140,10 +142,16 @@ def nano_limits(report: Row | None) -> str:
     ]
     good = sum(row["accuracy"] >= GOOD for row in tasks.values())
     bar = f"the bar of {MARGIN} above chance"
-    lines = [f"- Skills of `nano` below {bar}: {', '.join(below)}." if below else f"- No skill of `nano` is below {bar}."]
+    lines = [
+        f"- Skills of `nano` below {bar}: {', '.join(below)}." if below else f"- No skill of `nano` is below {bar}."
+    ]
     if good < WANTED:
         lines.append(f"- {good} skills of `nano` reach {GOOD}; {WANTED} were wanted.")
-    middling = [n.removeprefix("world/") for n, r in tasks.items() if MARGIN <= r["accuracy"] - r["chance"] and r["accuracy"] < 0.7]
+    middling = [
+        n.removeprefix("world/")
+        for n, r in tasks.items()
+        if r["accuracy"] - r["chance"] >= MARGIN and r["accuracy"] < 0.7
+    ]
     if middling:
         names = ", ".join(f"`{name}`" for name in middling)
         lines.append(f"- Above the bar, but wrong in more than three cases of ten: {names}.")
@@ -153,26 +161,33 @@ def nano_limits(report: Row | None) -> str:
 # ---- methods
 
 
+def with_interval(delta: Row | None) -> str:
+    """A paired difference {"value", "low", "high"}, or nothing."""
+    return f"{signed(delta['value'])} [{signed(delta['low'])}, {signed(delta['high'])}]" if delta else ""
+
+
 def method(name: str, report: Row | None) -> str:
-    """What each setting of a method keeps of nano's accuracy, and the skills that fall most."""
+    """What each setting of a method (of all, for "") keeps of nano's accuracy, and the skills that fall most."""
     if report is None:
         return missing("methods")
     dense = report["dense"]
     rows = []
     for recipe, result in report["recipes"].items():
-        if recipe.partition("(")[0].strip() != name or "+" in recipe:
+        if name and (recipe.partition("(")[0].strip() != name or "+" in recipe):
             continue
         falls = {task: row["accuracy"] - dense["tasks"][task]["accuracy"] for task, row in result["tasks"].items()}
         worst = sorted(falls, key=falls.__getitem__)[:3]
         shown = ", ".join(f"{task.removeprefix('world/')} {signed(falls[task])}" for task in worst if falls[task] < 0)
-        paired = result.get("paired")
-        interval = f" [{signed(paired['low'])}, {signed(paired['high'])}]" if paired else ""
-        difference = signed(result["mean"] - dense["mean"]) + interval
-        rows.append([f"`{recipe}`", f"{result['mean']:.3f}", difference, shown or "none falls"])
+        paired = [with_interval(result.get(key)) for key in ("paired", "against_random")]
+        rows.append([f"`{recipe}`", f"{result['mean']:.3f}", *paired, shown or "none falls"])
     if not rows:
         return f"*Not taken yet: `benchmarks/results/methods.json` holds no recipe of `{name}`.*"
-    head = ["recipe", "mean accuracy", "against dense", "falls most"]
-    lines = f"Dense: {dense['mean']:.3f}, mean over {len(dense['tasks'])} tasks of {report.get('limit', '?')} questions."
+    head = ["recipe", "mean accuracy", "against dense [95 %]", "against random tokens [95 %]", "falls most"]
+    if not any(row[3] for row in rows):
+        head, rows = [*head[:3], head[4]], [[*row[:3], row[4]] for row in rows]
+    lines = (
+        f"Dense: {dense['mean']:.3f}, mean over {len(dense['tasks'])} tasks of {report.get('limit', '?')} questions."
+    )
     return f"{table(head, rows)}\n\n{lines}\n\n{conditions(report)}"
 
 
@@ -185,10 +200,10 @@ TABLES: dict[str, tuple[str, Callable[[Row | None], str]]] = {
 
 def make(name: str, results: Path = RESULTS) -> str:
     """The Markdown of the table `name`."""
-    if name.startswith("methods_"):
-        return method(name.removeprefix("methods_"), load("methods", results))
+    if name == "methods" or name.startswith("methods_"):
+        return method(name.partition("_")[2], load("methods", results))
     if name not in TABLES:
-        raise SystemExit(f"unknown table {name!r}; known: {', '.join(TABLES)}, methods_<name>")
+        raise SystemExit(f"unknown table {name!r}; known: {', '.join(TABLES)}, methods, methods_<name>")
     file, build = TABLES[name]
     return build(load(file, results))
 

@@ -136,7 +136,9 @@ def presets(_: str) -> str:
     for name in PRESETS.names():
         config = PRESETS.get(name).config()
         model, spec = empty_model(config), config.spec
-        parts = [sum(p.numel() for p in part.parameters()) for part in (model.vision_tower, model.mm_projector, model.llm)]
+        parts = [
+            sum(p.numel() for p in part.parameters()) for part in (model.vision_tower, model.mm_projector, model.llm)
+        ]
         tokens = []
         for size in ((448, 448), (1920, 1080)):
             units, height, width = image_layout(*size, spec).grid
@@ -157,15 +159,19 @@ def curriculum(name: str) -> str:
     rows = []
     for stage in load_recipe(name).stages:
         total = sum(stage.mixture.values())
-        mixture = ", ".join(f"{source.removeprefix('world/')} {100 * w / total:.0f} %" for source, w in stage.mixture.items())
+        mixture = ", ".join(
+            f"{source.removeprefix('world/')} {100 * w / total:.0f} %" for source, w in stage.mixture.items()
+        )
         trains = "all" if stage.train == ("*",) else ", ".join(stage.train)
         low = f"{100 * stage.low_resolution:.0f} %"
-        rows.append([stage.name, str(stage.steps), str(stage.batch_size), trains, ", ".join(stage.losses), low, mixture])
+        rows.append(
+            [stage.name, str(stage.steps), str(stage.batch_size), trains, ", ".join(stage.losses), low, mixture]
+        )
     return _left(["stage", "steps", "batch", "trains", "losses", "at one scale", "mixture"], rows)
 
 
 def _first(text: str | None) -> str:
-    return re.split(r"(?<=[.;:])\s", " ".join((text or "").split()))[0].rstrip(";:")
+    return re.split(r"(?<=[.;])\s", " ".join((text or "").split()))[0].rstrip(";.")
 
 
 BLOCKS: dict[str, Callable[[str], str]] = {

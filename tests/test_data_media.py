@@ -238,6 +238,8 @@ def test_clip_with_a_wrong_header(tmp_path: Path) -> None:
     assert info.num_frames == 40
     wanted = list(sample_frames(info.num_frames, 8, info.fps))
     assert _levels(decode_frames(VideoSource(path), wanted, info)) == wanted
+    single = VideoSource(_clip(tmp_path / "b.h264", frames=1))
+    assert _levels(decode_frames(single, [0], probe_video(single))) == [0]
 
 
 def test_truncated_clip_gives_what_is_there(tmp_path: Path) -> None:

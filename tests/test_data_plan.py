@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -149,14 +149,15 @@ def test_counts_by_hand(tokenizer: Any) -> None:
     assert [s.kind for s in lite.spans][1:-1] == ["image", "text"] * 4 + ["image"]
 
 
-def test_frames_are_repeated_until_they_fit_the_pool(tokenizer: Any) -> None:
+def test_the_last_group_of_a_clip_may_be_shorter(tokenizer: Any) -> None:
     made = plan([_user([_picture()] * 9, "hi")], VIDEO, tokenizer, num_frames=7)
-    assert made.media[0].frames == (0, 1, 3, 4, 5, 7, 8, 8)
+    assert made.media[0].frames == (0, 1, 3, 4, 5, 7, 8)
+    assert made.media[0].grid == (4, 2, 2)
     _check(made, tokenizer)
     once = PreprocessSpec("resize", 16, 4, (), num_frames=8, repeat_frames=False)
     assert plan([_user([_picture()] * 3, "hi")], once, tokenizer).media[0].frames == (0, 1, 2)
-    with pytest.raises(InputError, match="does not divide 2x2"):
-        plan([_user([_picture()], "")], PreprocessSpec("resize", 16, 4, (), video_pool=((1, 3, 3),)), tokenizer)
+    thirds = PreprocessSpec("resize", 16, 4, (), video_pool=((1, 3, 3),))
+    assert plan([_user([_picture()], "")], thirds, tokenizer).media[0].grid[1:] == (1, 1)
     with pytest.raises(InputError, match="num_frames is -1"):
         plan([_user([_picture()], "")], VIDEO, tokenizer, num_frames=-1)
 
@@ -181,6 +182,9 @@ def test_too_long_a_prompt_names_ways_out(tokenizer: Any) -> None:
         max_size=9,
     )
 )
+@example(pieces=["<ima", "ge>"])
+@example(pieces=["<ima", "<image>", "ge>"])
+@example(pieces=["<ima", "<vila/sentinel>", "ge>"])
 def test_text_cannot_inject_media(tokenizer: Any, pieces: list[str]) -> None:
     text = "".join(pieces)
     cleaned = clean_text(text)
@@ -194,6 +198,7 @@ def test_text_cannot_inject_media(tokenizer: Any, pieces: list[str]) -> None:
 def test_spec_is_checked() -> None:
     for changes, why in (
         ({"scales": (32, 16)}, "start with tile_size"),
+        ({"scales": (32, 64), "max_tiles": 9}, "start with tile_size"),
         ({"scales": (16, 40)}, "multiples of tile_size"),
         ({"resize_to_scale": 2}, "there are 2 scales"),
         ({"num_frames": 0}, "above 0"),
@@ -325,6 +330,7 @@ def test_interleaved_sample_is_one_whole_branch(tokenizer: Any) -> None:
 )
 def test_cut_encoding_equals_plain_encoding(tokenizer: Any, text: str, more: list[str]) -> None:
     whole = text.join(more) if more else text
+    assert codec(tokenizer)._cut is not None  # the fast path is in use
     assert list(codec(tokenizer).encode(whole)) == tokenizer(whole, add_special_tokens=False).input_ids
 
 
@@ -334,6 +340,14 @@ def test_rendering_equals_the_template(tokenizer: Any) -> None:
     for generate in (False, True):
         expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
         assert codec(tokenizer).render(roles, contents, generate) == expected
+
+
+def test_a_changed_template_is_followed(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = plan([_user("hi")], S2, tokenizer).input_ids.tolist()
+    ends_with_pad = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}[PAD]{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", ends_with_pad)
+    assert plan([_user("hi")], S2, tokenizer).input_ids.tolist() != before
+    assert stop_token_ids(tokenizer) == [tokenizer.eos_token_id, tokenizer.pad_token_id]
 
 
 def test_tokenizer_without_media_tokens_is_refused() -> None:

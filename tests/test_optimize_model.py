@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -203,6 +204,33 @@ def test_a_failing_write_leaves_nothing(vlm, tasks, tmp_path, monkeypatch):
             vlm, Budget.parse(bytes="0.8x", loss="100pt"), tasks=tasks, effort=TINY, out=tmp_path / "out", methods=FEW
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_named_sets_are_chosen_and_proved_on_splits_of_their_own(tmp_path):
+    for name, parts in (("easy-vqa", ("train", "test")), ("nlvr", ("dev", "test"))):
+        folder = tmp_path / name
+        folder.mkdir()
+        for part in parts:
+            rows = [
+                {
+                    "image": f"{part}{i}.png",
+                    "question": "What?",
+                    "answer": "red",
+                    "sentence": "One box.",
+                    "label": "true",
+                }
+                | {"identifier": f"{i}-0"}
+                for i in range(40)
+            ]
+            (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            for archive in (f"{part}_images.zip", "images.zip"):
+                with zipfile.ZipFile(folder / archive, "a") as file:
+                    for row in rows:
+                        file.writestr(row["image"], b"x")
+        first, second = splits([TASKS.get(name)], choose=5, prove=7, data_dir=tmp_path)
+        assert 0 < len(first) <= 5 and len(second) == 7 and set(second.tasks) == {name}
+        pictures = [str(q.item.messages) + q.item.id for q in first.questions]
+        assert all(parts[0] in text for text in pictures) and not any("test" in text for text in pictures)
 
 
 def write_questions(folder: Path, n: int) -> Path:

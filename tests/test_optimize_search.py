@@ -28,7 +28,7 @@ class Synthetic:
 
     def __init__(self, table: dict[str, tuple[float, float, float]], n: int = 2000, interrupt_at: int | None = None):
         self.table, self.asked, self.interrupt_at = table, [], interrupt_at
-        question = [Question(Item(str(i), [], ("a",)), SKILLS[i % 2], "exact", 4) for i in range(n)]
+        question = [Question(Item(str(i), [], ("a",)), SKILLS[i % 2], SKILLS[i % 2], "exact", 4) for i in range(n)]
         self.choose, self.prove = Split(question), Split(question[:])
         self.saved = None
 
@@ -147,7 +147,7 @@ def test_interval_never_claims_certainty():
     assert paired_interval(np.zeros(0), np.zeros(0)).low == -1
 
 
-def test_interval_weighs_skills_equally():
+def test_interval_weighs_tasks_equally():
     dense, other = np.ones(110), np.r_[np.ones(100), np.zeros(10)]
     groups = ["common"] * 100 + ["rare"] * 10
     assert paired_interval(dense, other, groups).mean == pytest.approx(-0.5)
@@ -165,9 +165,11 @@ def test_pruning_keeps_the_largest_that_fit_and_gives_reasons():
 
 
 def test_pruning_leaves_the_nearest_when_nothing_fits():
-    trials = [Trial(f"m{i}", Cost(600 + i, 900, 1), f"m{i}") for i in range(9)]
-    kept = prune(trials, Budget((Limit("flops", 0.5, True),)), DENSE, nearest=3)
-    assert [t.recipe for t in kept] == ["m0", "m1", "m2"]
+    trials = [Trial(f"m{i}", Cost(600 + i, 900, 1), f"m{i}", keep=0.05) for i in range(9)]
+    mild = Trial("mild", Cost(990, 900, 1), "mild")
+    kept = prune([*trials, mild], Budget((Limit("flops", 0.5, True),)), DENSE, nearest=4)
+    assert [t.recipe for t in kept] == ["m0", "m1", "mild", "m2"]
+    assert all(t.status == "alive" for t in kept) and trials[5].status == "pruned"
 
 
 def test_halving_finds_the_best_and_drops_with_reasons():
@@ -225,6 +227,7 @@ def test_unreachable_budget_says_what_binds():
     found = search(Synthetic(TABLE), Budget.parse(flops="0.01x"), QUICK, say=quiet)
     assert found.winner is None and not found.met and found.binding == ["flops"]
     assert found.nearest and all(t.delta for t in found.nearest)
+    assert {t.status for t in found.trials if t.delta} == {"rejected"} and all(t.reason for t in found.trials)
     assert "FLOPs: the lowest of all recipes is 0.30x" in found.verdict and "not changed" in found.verdict
 
 

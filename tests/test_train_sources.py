@@ -116,10 +116,10 @@ def test_the_tokenizer_reads_characters_one_by_one() -> None:
     assert small.eos_token == "<|end|>" and set(SPECIAL_TOKENS) <= set(small.get_vocab())
     turns = [
         {"role": "system", "content": "s"},
-        {"role": "user", "content": "q"},
+        {"role": "user", "content": "u"},
         {"role": "assistant", "content": "a"},
     ]
-    assert small.apply_chat_template(turns, tokenize=False) == "<|system|>s<|user|>q<|assistant|>a<|end|>"
+    assert small.apply_chat_template(turns, tokenize=False) == "<|system|>s<|user|>u<|assistant|>a<|end|>"
     text = "Grüße 7?\n ok  x"
     assert small.decode(small(text, add_special_tokens=False).input_ids) == text
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import foveate
+import foveate.vlm
 from foveate.errors import BudgetError, CheckpointError, FoveateError, InputError, UnknownNameError, UnsupportedError
 from foveate.reduce.uniform import Uniform
 from foveate.runtime import Clock, TextStream, prefill
@@ -143,6 +143,17 @@ def test_stop_tokens_end_an_answer(nvila):
     assert stopping.ask(PICTURE, "what?", max_new_tokens=4).ids == first[:2]
 
 
+def test_a_row_that_stops_early_leaves_the_others_as_they_are(nvila):
+    requests = [Request("what?", media, reduce="uniform(keep=0.7)") for media in (PICTURE, OTHER, CLIP, None)]
+    free = [answer.ids for answer in nvila.answer(requests, max_new_tokens=6)]
+    stopping = VLM(nvila.adapter, "stopping")
+    stopping._stop = [free[0][1], free[2][3]]
+    together = [answer.ids for answer in stopping.answer(requests, max_new_tokens=6)]
+    assert together == [stopping.respond(request, 6).ids for request in requests]
+    assert len(together[0]) <= 1 and len(together[2]) <= 3
+    assert len({len(ids) for ids in together}) > 1
+
+
 def test_sampling_is_seeded_and_greedy_by_default(nvila):
     def ask(**options):
         return nvila.ask(PICTURE, "what?", max_new_tokens=6, **options).ids
@@ -190,6 +201,18 @@ def test_unknown_models_are_named_with_the_way_out(name, error, words):
     with pytest.raises(error, match=words) as caught:
         foveate.load(name)
     assert "\n" not in str(caught.value)
+
+
+def test_the_name_nano_is_the_embedded_model(nano_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(foveate.vlm, "EMBEDDED", tmp_path / "missing")
+    with pytest.raises(CheckpointError, match="foveate train nano"):
+        foveate.load("nano")
+    monkeypatch.setattr(foveate.vlm, "EMBEDDED", nano_folder)
+    (tmp_path / "nano").mkdir()
+    assert foveate.load("nano", device="cpu").name == "nano"
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        foveate.load("./nano")
 
 
 def test_foreign_folders_are_refused(tmp_path):

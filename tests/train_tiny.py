@@ -16,7 +16,7 @@ from foveate.train.tokenizer import train_tokenizer
 
 TEXTS = [
     "what colour is the ring? red green blue",
-    "how many marks are there? 0 1 2 3",
+    "how many marks are there? 0 1 2",
     "read it: A1 B2",
     "where? left",
 ]

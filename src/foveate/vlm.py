@@ -307,7 +307,7 @@ def load(
     if random_weights:
         adapter, recipe = _random(name, dtype, device, attn), Recipe()
     else:
-        folder = _find(name)
+        folder = _find(path)
         kind = _family(folder)
         recipe = Recipe.restore(folder, kind.family)
         prepare = recipe.prepare_ if recipe.of("weights") else None
@@ -316,17 +316,19 @@ def load(
     return VLM(adapter, name, recipe)
 
 
-def _find(name: str) -> Path:
-    """The folder that `name` means. Raises UnknownNameError, or CheckpointError when it names no model."""
+def _find(path: str | Path) -> Path:
+    """The folder that `path` means. Raises UnknownNameError, or CheckpointError when it names no model.
+
+    The text "nano" is the embedded model even where a folder of that name lies around; "./nano" is the folder.
+    """
     from foveate.nvila.presets import PRESETS
 
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    name, folder = str(path), Path(path).expanduser()
+    embedded = path == "nano" and (EMBEDDED / "config.json").is_file()
+    if embedded or folder.is_dir():
+        return EMBEDDED if embedded else folder
     if name == "nano":
-        if not EMBEDDED.is_dir():
-            raise CheckpointError("nano's weights are not in this installation; make them with: foveate train nano")
-        return EMBEDDED
+        raise CheckpointError("nano's weights are not in this installation; make them with: foveate train nano")
     if name in PRESETS:
         raise CheckpointError(
             f"{name!r} is an architecture without weights; give the folder of its checkpoint, or random_weights=True"

@@ -12,6 +12,7 @@ from typing import Any
 from foveate.cli.common import DEFAULT_MODEL, add_model_options, add_verb, load_model, positive_int, print_json
 
 NAMED = ("easy-vqa", "nlvr", "flickr8k-match")
+"""What --data takes beside a file: tasks of public sets, read from --data-dir."""
 
 
 def add_parser(subparsers: Any) -> None:

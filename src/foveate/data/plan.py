@@ -10,7 +10,6 @@ tiled, as in inference.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -302,13 +301,9 @@ def _plan_video(source: VideoSource, spec: PreprocessSpec, num_frames: int, ends
     info = probe_video(source, spec)
     frames = sample_frames(info.num_frames, num_frames, info.fps, spec.fps, repeat=spec.repeat_frames)
     pool = spec.video_pool or ((1, 1, 1),)
-    group = math.lcm(*(level[0] for level in pool))
-    frames += frames[-1:] * (-len(frames) % group)
     side, levels = spec.token_side, []
-    for t, h, w in pool:
-        if side % h or side % w:
-            raise InputError(f"video_pool {(t, h, w)} does not divide {side}x{side} tokens of a frame")
-        levels.append(Level(len(frames) // t, side // h, side // w, t))
+    for t, h, w in pool:  # a last group that is not full is the mean of what it has
+        levels.append(Level(-(-len(frames) // t), -(-side // h), -(-side // w), t))
     layout = image_layout(*info.size, spec, False)
     return MediaPlan(
         kind="video",

@@ -60,7 +60,7 @@ class Effort:
     """How many questions each stage asks. rungs: (questions in all, recipes that go on); timed: finalists timed."""
 
     rungs: tuple[tuple[int, int], ...] = ((256, 8), (1024, 3))
-    prove: int = 2048
+    prove: int = 1600
     timed: int = 2
 
     @property
@@ -162,7 +162,7 @@ def _choose(bench: Workbench, found: Outcome, effort: Effort, seed: int, say: Sa
         f"{len(found.trials)} recipes; {len(alive)} worth running after exact costs"
         + ("" if reachable else "; none meets the budget, so the nearest are measured")
     )
-    groups = bench.choose.skills
+    groups = bench.choose.tasks
     rungs = tuple((min(n, len(groups)), k) for n, k in effort.rungs)
     survivors = halve(
         alive,
@@ -194,7 +194,7 @@ def _prove(bench: Workbench, found: Outcome, winner: Trial, effort: Effort, seed
     say(f"proof on {n} held-back samples: {winner.recipe}")
     if not n:
         return
-    groups = bench.prove.skills[:n]
+    groups, skills = bench.prove.tasks[:n], bench.prove.skills[:n]
     bench.stage("proof", n * (1 + len(roles)))
     dense = bench.scores("", "prove", n)
     found.compare.append(_row("dense", "", found.dense, dense, dense, groups, seed))
@@ -204,7 +204,7 @@ def _prove(bench: Workbench, found: Outcome, winner: Trial, effort: Effort, seed
         found.compare.append(_row(role, recipe, cost, dense, scores, groups, seed))
         if role == "chosen":
             found.proof = paired_interval(dense, scores, groups, seed=seed, resamples=10_000)
-            found.skills = skill_table(dense, scores, groups, found.budget.max_loss, seed=seed)
+            found.skills = skill_table(dense, scores, skills, found.budget.max_loss, seed=seed)
 
 
 def _row(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,15 +14,20 @@ from foveate.tasks.base import FileTask, Item, NamedTask, Task, WorldTask
 if TYPE_CHECKING:
     from foveate.data.sample import Sample
 
-CHOOSE_SPLIT = {"easy-vqa": "train", "nlvr": "dev"}
-"""Named sets with a split of their own to choose on; the task's split is then the proof. Other sets are halved."""
+CHOOSE_SPLIT = {"easy-vqa": "train", "nlvr": "dev-val"}
+"""Named sets with a split to choose on beside the task's own, which is then the proof. Other sets are halved."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One item with what is needed to ask and judge it. skill: the row of the table it counts in."""
+    """One item with what is needed to ask and judge it.
+
+    task: accuracies are averaged over tasks. skill: the row of the table it counts in, finer than the task where the
+    data name skills of their own.
+    """
 
     item: Item
+    task: str
     skill: str
     scorer: str
     max_new_tokens: int
@@ -37,6 +42,11 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The task of each question."""
+        return [question.task for question in self.questions]
 
     @property
     def skills(self) -> list[str]:
@@ -93,8 +103,11 @@ def _halves(task: Task, choose: int, prove: int, seed: int, data_dir: Path | Non
             task.skill, prove, split="test", seed=seed + 1
         )
     if isinstance(task, NamedTask) and task.dataset in CHOOSE_SPLIT:
-        other = replace(task, split=CHOOSE_SPLIT[task.dataset])
-        return other.samples(choose, seed, data_dir), task.samples(prove, seed, data_dir)
+        from foveate.data.datasets import load_named
+
+        other = CHOOSE_SPLIT[task.dataset]
+        first = load_named(task.dataset, data_dir, other, limit=choose, seed=seed, group=False)
+        return first, task.samples(prove, seed, data_dir)
     limit = None if isinstance(task, FileTask) else choose + prove
     return halve_by_picture(task.samples(limit, seed, data_dir), seed)
 
@@ -142,20 +155,19 @@ def _names(sample: Sample) -> list[str]:
 
 
 def _questions(task: Task, samples: Sequence[Sample]) -> list[Question]:
-    own = isinstance(task, FileTask)
     found = []
     for sample in samples:
-        skill = str(sample.meta.get("skill") or task.name) if own else task.name.removeprefix("world/")
+        skill = str(sample.meta.get("skill") or task.name.removeprefix("world/"))
         for item in _Fixed(task.name, drawn=(sample,)).items():
-            found.append(Question(item, skill, task.scorer, task.max_new_tokens))
+            found.append(Question(item, task.name, skill, task.scorer, task.max_new_tokens))
     return found
 
 
 def interleave(rows: Sequence[Sequence[Question]]) -> list[Question]:
     """Questions of all skills in turn, each in its own order."""
-    by_skill: dict[str, list[Question]] = {}
+    by_skill: dict[tuple[str, str], list[Question]] = {}
     for question in (q for row in rows for q in row):
-        by_skill.setdefault(question.skill, []).append(question)
+        by_skill.setdefault((question.task, question.skill), []).append(question)
     # The place of a question is its share of its skill, so that a small skill is spread over the whole order.
     placed = [
         ((i + 0.5) / len(questions), place, question)

@@ -65,7 +65,7 @@ def paired_interval(
 ) -> Interval:
     """Mean of `other - dense` (scores [n] of the same samples) with a 95 % paired bootstrap interval.
 
-    groups: the skill of each sample; the mean is then over skills. A bootstrap of samples that all agree would claim
+    groups: the task of each sample; the mean is then over tasks. A bootstrap of samples that all agree would claim
     certainty, so the interval reaches at least as far as Tango's for paired proportions without disagreement:
     z^2 / (n + z^2) to both sides when nothing differs, its standard error otherwise (Tango, 1998, Statistics in
     Medicine).
@@ -123,11 +123,7 @@ def prune(trials: list[Trial], budget: Budget, dense: Cost, *, per_group: int = 
         else:
             fitting.append(trial)
     if not fitting:
-        close = sorted(trials, key=lambda t: (max(budget.overruns(t.cost, dense).values()), t.recipe))
-        groups: dict[str, Trial] = {}
-        for trial in close:
-            groups.setdefault(trial.group, trial)
-        return list(groups.values())[:nearest]
+        return _closest(trials, budget, dense, nearest)
     chosen = []
     for name in dict.fromkeys(trial.group for trial in fitting):
         members = sorted((t for t in fitting if t.group == name), key=lambda t: -(1.0 if t.keep is None else t.keep))
@@ -135,11 +131,31 @@ def prune(trials: list[Trial], budget: Budget, dense: Cost, *, per_group: int = 
         chosen += picked
         for trial in members:
             if trial not in picked:
-                trial.status, trial.reason = (
-                    "pruned",
-                    f"'{picked[0].recipe}' keeps more tokens and meets the budget too",
-                )
+                trial.status = "pruned"
+                trial.reason = f"'{picked[0].recipe}' keeps more tokens and meets the budget too"
     return chosen
+
+
+def _closest(trials: list[Trial], budget: Budget, dense: Cost, count: int) -> list[Trial]:
+    """Trials near a budget that none meets: one half the cheapest, one half the mildest that break fewest limits."""
+
+    def overrun(trial: Trial) -> float:
+        return max(budget.overruns(trial.cost, dense).values())
+
+    def mildness(trial: Trial) -> tuple[int, float, float, str]:
+        kept = 1.0 if trial.keep is None else trial.keep
+        return len(budget.broken(trial.cost, dense)), -kept, overrun(trial), trial.recipe
+
+    found: dict[int, Trial] = {}
+    for key, most in ((lambda t: (overrun(t), t.recipe), -(-count // 2)), (mildness, count)):
+        groups = {trial.group for trial in found.values()}
+        for trial in sorted(trials, key=key):
+            if len(found) < most and trial.group not in groups:
+                groups.add(trial.group)
+                found[id(trial)] = trial
+    for trial in found.values():
+        trial.status, trial.reason = "alive", ""
+    return list(found.values())
 
 
 def spread(members: list[Trial], count: int) -> list[Trial]:
@@ -165,7 +181,7 @@ def halve(
     """The survivors of successive halving, best first.
 
     rungs: (samples in all, recipes that go on) per round, samples growing. score is asked for the recipe "" too: the
-    dense model. groups: the skill of each sample. After each round a trial is rejected when its whole interval lies
+    dense model. groups: the task of each sample. After each round a trial is rejected when its whole interval lies
     below the allowed loss, or when enough others are better. At least one trial survives, so that the nearest point is
     known. An exception or Ctrl-C in `score` leaves all results so far in the trials.
     """

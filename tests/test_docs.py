@@ -1,0 +1,330 @@
+"""The docs are true: help texts, tables, links, commands and examples; and the floors of the house hold."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foveate.adapters.layout import VisualLayout
+from foveate.cli import build_parser
+from foveate.recipe import Recipe
+from foveate.registry import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "foveate"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def module(path: str) -> Any:
+    """A file of the repository as a module; one copy for all tests."""
+    name = f"docs_{Path(path).stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# ---- what is generated
+
+
+def test_tables_are_current():
+    tables = module("benchmarks/tables.py")
+    assert [named(file) for file in tables.rewrite("table", tables.make, check=True)] == []
+
+
+def test_generated_blocks_are_current():
+    generate = module("docs/generate.py")
+    # argparse words its help differently from Python 3.13 on
+    old = sys.version_info < (3, 13)
+    stale = {}
+
+    def make(name: str) -> str:
+        if name.startswith("help") and not old:
+            return stored[name]
+        return generate.make(name)
+
+    for page in PAGES:
+        pattern = r"^<!-- generated:(.+?) -->\n(.*?)^<!-- /generated -->"
+        stored = dict(re.findall(pattern, page.read_text(encoding="utf-8"), re.M | re.S))
+        wrong = [name for name, text in stored.items() if make(name).strip() != text.strip()]
+        if wrong:
+            stale[named(page)] = wrong
+    assert stale == {}, "run python docs/generate.py"
+
+
+def test_every_verb_is_documented():
+    from foveate.cli import VERBS
+
+    text = (ROOT / "docs/cli.md").read_text(encoding="utf-8")
+    assert [verb for verb in VERBS if f"<!-- generated:help {verb} -->" not in text] == []
+
+
+def test_every_method_has_a_page():
+    here = {path.stem for path in (ROOT / "docs/methods").glob("*.md")}
+    assert set(METHODS.names()) - {"norm"} <= here
+
+
+# ---- tables.py
+
+
+QUALITY = {
+    "date": "2026-01-02",
+    "device": "a machine",
+    "threads": 2,
+    "cores": 4,
+    "versions": {"foveate": "0", "torch": "1"},
+    "high_resolution": {
+        "mean": 0.5,
+        "tasks": {
+            "world/mark": {"n": 9, "accuracy": 0.9, "low": 0.8, "high": 0.95, "chance": 0.1},
+            "world/count": {"n": 9, "accuracy": 0.2, "low": 0.1, "high": 0.4, "chance": 0.143},
+            "world/needle": {"n": 9, "accuracy": 0.6, "low": 0.4, "high": 0.8, "chance": 0.1},
+        },
+    },
+    "one_scale": {"tasks": {"world/mark": {"accuracy": 0.15}}},
+    "few_frames": {"num_frames": 4, "tasks": {"world/needle": {"accuracy": 0.2}}},
+}
+
+
+def test_quality_table_says_what_is_below_the_bar():
+    tables = module("benchmarks/tables.py")
+    text = tables.nano_quality(QUALITY)
+    assert "| `mark` | 9 | 0.90 [0.80, 0.95] | 0.100 | 0.15 (one scale) | +0.75 |" in text
+    assert "| `needle` | 9 | 0.60 [0.40, 0.80] | 0.100 | 0.20 (4 frames) | +0.40 |" in text
+    assert "| `count` ✗ |" in text and "2 of 3 skills" in text and "1 are at 0.85" in text
+    assert "a machine, 2 of 4 threads" in text and "torch 1" in text and "2026-01-02" in text
+    limits = tables.nano_limits(QUALITY)
+    assert "`count` (0.20, chance 0.14)" in limits and "`mark`" not in limits and "`needle`" in limits
+
+
+def test_a_missing_file_is_said():
+    tables = module("benchmarks/tables.py")
+    for build in (tables.nano_quality, tables.nano_real, tables.nano_limits):
+        assert "not" in build(None).lower() and "nano_quality.json" in build(None)
+    assert "methods.json" in tables.method("uniform", None)
+
+
+def test_method_table_shows_paired_differences():
+    tables = module("benchmarks/tables.py")
+    dense = {"mean": 0.8, "tasks": {"world/mark": {"accuracy": 0.9}, "world/bar": {"accuracy": 0.7}}}
+    half = {"mean": 0.65, "tasks": {"world/mark": {"accuracy": 0.5}, "world/bar": {"accuracy": 0.8}}}
+    half["paired"] = {"value": -0.15, "low": -0.2, "high": -0.1}
+    report = {"dense": dense, "limit": 96, "recipes": {"uniform(keep=0.5)": half, "uniform(keep=0.5) + int8": half}}
+    text = tables.method("uniform", report)
+    assert "| `uniform(keep=0.5)` | 0.650 | −0.15 [−0.20, −0.10] | mark −0.40 |" in text
+    assert "+ int8" not in text and "+ int8" in tables.method("", report)
+
+
+def test_a_block_without_an_end_is_an_error(tmp_path):
+    tables = module("benchmarks/tables.py")
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "README.md"
+    page.write_text("<!-- table:x -->\nold\n<!-- /table -->\n")
+    assert tables.rewrite("table", lambda name: f"new {name}", tmp_path, check=True) == [page]
+    assert "old" in page.read_text()
+    assert tables.rewrite("table", lambda name: f"new {name}", tmp_path) == [page]
+    assert page.read_text() == "<!-- table:x -->\nnew x\n<!-- /table -->\n"
+    assert tables.rewrite("table", lambda name: f"new {name}", tmp_path) == []
+    page.write_text("<!-- table:x -->\nold\n")
+    with pytest.raises(SystemExit, match="not all of them closed"):
+        tables.rewrite("table", str, tmp_path)
+
+
+# ---- links and commands
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    found = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        where = (page.parent / path).resolve() if path else page
+        if not where.exists() or (anchor and anchor not in headings(where)):
+            broken.append(target)
+    assert broken == []
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """(page, command line) of every `foveate ...` in a bash block."""
+    for page in PAGES:
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+            for line in re.split(r"&&|\n", block):
+                words = shlex.split(line.replace(".venv/bin/foveate", "foveate"))
+                if words[:1] == ["foveate"]:
+                    yield named(page), line.strip()
+
+
+@pytest.mark.parametrize(("page", "line"), list(commands()))
+def test_commands_parse(page, line, capsys):
+    argv = shlex.split(line)[1:]
+    try:
+        args = build_parser(argv).parse_args(argv)
+    except SystemExit:
+        pytest.fail(capsys.readouterr().err)
+    for name in ("recipe", "reduce", "against"):
+        text = getattr(args, name, None)
+        if text and args.command != "train" and not text.endswith(".yaml"):
+            assert len(Recipe.parse(text))
+
+
+def test_the_first_screen_holds_the_two_commands():
+    screen = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:22]
+    lines = [line for line in screen if line.startswith("python3 -m venv")]
+    assert len(lines) == 2 and "foveate optimize nano" in lines[0] and lines[1].endswith("python -m pytest")
+
+
+# ---- examples
+
+
+def test_example_ask(nano_folder, capsys):
+    module("examples/ask.py").main(str(nano_folder))
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 3 and "64 visual tokens" in out[0] and "32 visual tokens" in out[1] and "16 frames" in out[2]
+
+
+def test_example_your_own_data(nano_folder, tmp_path, capsys):
+    module("examples/your_own_data.py").main(str(nano_folder), str(tmp_path), count=6)
+    assert "on 6 questions" in capsys.readouterr().out
+    assert (tmp_path / "model" / "report.html").is_file()
+
+
+def test_example_train_tiny(tmp_path, capsys):
+    module("examples/train_tiny.py").main(str(tmp_path / "run"), scale=0.1)
+    assert "3 steps" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "training.json").is_file()
+
+
+def test_example_new_method(nano_folder, capsys):
+    module("examples/new_method.py").main(str(nano_folder))
+    out = capsys.readouterr().out
+    assert "32 tokens stay" in out and ", 8 tokens stay" in out
+    assert Recipe.parse("norm(keep=8, largest=false)").text() == "norm(keep=8, largest=false)"
+
+
+def picture_layout(rows: int, cols: int) -> VisualLayout:
+    """One picture in one view of rows x cols tokens."""
+    n = rows * cols
+    cell, zero = torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    row, col = cell // cols, cell % cols
+    return VisualLayout(zero, zero, zero - 1, row, col, row, col, zero, cell, torch.ones(n))
+
+
+def test_norm_keeps_the_largest_features():
+    Norm = module("examples/new_method.py").Norm
+    layout = picture_layout(rows=2, cols=3)
+    features = torch.tensor([[1.0], [5.0], [2.0], [5.0], [0.0], [3.0]])
+    assert Norm(keep=3).select({"features": features}, layout).keep.tolist() == [1, 3, 5]
+    assert Norm(keep=2, largest=False).select({"features": features}, layout).keep.tolist() == [0, 4]
+
+
+def test_contributing_shows_this_test():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^   ```python\n(.*?)^   ```", text, re.M | re.S)
+    body = textwrap.dedent(shown).partition("\n")[2]
+    assert body in Path(__file__).read_text(encoding="utf-8")
+
+
+# ---- floors
+
+FLOORS = (
+    ("registry", "errors", "progress", "method", "data", "world"),
+    ("vlm", "runtime", "show", "adapters", "nvila"),
+    ("reduce", "cache", "weights", "decode"),
+    ("recipe", "recipe_text", "effect", "engine"),
+    ("train", "tasks", "bench"),
+    ("optimize", "serve"),
+    ("cli", "__main__"),
+)
+"""The rooms of docs/architecture.md, from the ground up."""
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+UPWARDS = {("vlm", "recipe")}
+"""A model carries the recipe that was applied to it: allowed inside functions."""
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(room, whether inside a function) of each import of this package in a file, TYPE_CHECKING blocks left out."""
+
+    def visit(node: ast.AST, deferred: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                yield from (found for other in child.orelse for found in visit(other, deferred))
+                continue
+            found: list[str] = []
+            if isinstance(child, ast.Import):
+                found = [alias.name for alias in child.names]
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}: relative import"
+                found = [f"{child.module}.{alias.name}" for alias in child.names]
+            for name in found:
+                if name.startswith("foveate."):
+                    yield name.split(".")[1], deferred
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from visit(child, deferred or inside)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), False)
+
+
+def edges() -> dict[tuple[str, str], set[tuple[str, bool]]]:
+    """{(room, imported room): {(file, inside a function)}}; names that the package itself gives are left out."""
+    found: dict[tuple[str, str], set[tuple[str, bool]]] = {}
+    for path in SOURCE.rglob("*.py"):
+        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        for other, deferred in imports(path):
+            if other in FLOOR and room not in ("__init__", other):
+                found.setdefault((room, other), set()).add((named(path), deferred))
+    return found
+
+
+def test_every_room_stands_on_a_floor():
+    rooms = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py"}
+    rooms |= {path.name for path in SOURCE.iterdir() if path.is_dir() and (path / "__init__.py").is_file()}
+    assert rooms - set(FLOOR) - {"__init__"} == set()
+
+
+def test_rooms_import_downwards_only():
+    wrong = {
+        pair: sorted(files)
+        for pair, files in edges().items()
+        if FLOOR[pair[0]] < FLOOR[pair[1]] and not (pair in UPWARDS and all(deferred for _, deferred in files))
+    }
+    assert wrong == {}
+
+
+def test_rooms_of_a_floor_do_not_import_in_circles():
+    beside: dict[str, set[str]] = {}
+    for room, other in edges():
+        if FLOOR[room] == FLOOR[other]:
+            beside.setdefault(room, set()).add(other)
+
+    def walk(room: str, path: tuple[str, ...]) -> None:
+        assert room not in path, " -> ".join((*path, room))
+        for other in beside.get(room, ()):
+            walk(other, (*path, room))
+
+    for room in beside:
+        walk(room, ())
