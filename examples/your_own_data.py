@@ -17,6 +17,7 @@ from PIL import Image
 import foveate
 from foveate import world
 from foveate.optimize import Budget, optimize
+from foveate.optimize.run import Effort
 from foveate.tasks import evaluate, find_tasks
 
 
@@ -41,7 +42,9 @@ def main(model: str = "nano", out: str = "out/own-data", count: int = 40) -> Non
     print(f"accuracy {row['accuracy']:.2f} [{row['low']:.2f}, {row['high']:.2f}] on {row['n']} questions")
 
     budget = Budget.parse(tokens="0.5x", loss="5pt")
-    report = optimize(vlm, budget, data=questions, out=Path(out) / "model", methods=["uniform"], quiet=True)
+    effort = Effort(timed=0)  # no timing, which takes longer than the questions of a small file
+    model_folder = Path(out) / "model"
+    report = optimize(vlm, budget, data=questions, out=model_folder, methods=["uniform"], effort=effort, quiet=True)
     print(report["verdict"])
 
 

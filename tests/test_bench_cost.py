@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +23,7 @@ from foveate.bench.cost import (
     request_of_sizes,
     weights,
 )
+from foveate.data.plan import plan
 from foveate.data.spec import PreprocessSpec
 from foveate.effect import cache_bytes_per_token
 from foveate.errors import InputError, UnknownNameError
@@ -129,7 +131,24 @@ def test_a_clip_of_256_frames_has_32_groups():
     config = PRESETS.get("nvila-8b-video").config()
     request = request_of_sizes(config.spec, shape_of("nvila-8b-video"), frames=256)
     assert request.prompt == 8224 and request.views == 256 and request.connector_rows == 256 * 256
-    assert request_of_sizes(config.spec, shape_of("nvila-8b-video"), frames=9).views == 16  # repeated to fill a group
+    odd = request_of_sizes(config.spec, shape_of("nvila-8b-video"), frames=9)
+    assert odd.views == 9 and odd.prompt == 2 * 257  # the second group holds one frame
+
+
+@pytest.mark.parametrize("mode", ["dynamic_s2", "dynamic", "resize"])
+@pytest.mark.parametrize("media", [[(300, 100)], [(300, 100), (90, 90)], 5, 8])
+def test_counts_without_pixels_equal_those_of_the_plan(vlm, mode, media):
+    spec = replace(vlm.spec, mode=mode)
+    shape = ModelShape.from_config(vlm.model.config, spec)
+    clip = media if isinstance(media, int) else None
+    sizes = [] if clip else media
+    parts = [{"type": "image", "image": np.zeros((h, w, 3), np.uint8)} for w, h in sizes]
+    if clip:
+        parts.append({"type": "video", "video": np.zeros((clip, 64, 64, 3), np.uint8)})
+    made = plan([{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}], spec, vlm.tokenizer)
+    real = Request.from_plan(made, shape)
+    text = made.num_text - (made.media[0].blocks if mode == "dynamic" and len(sizes) == 1 else 0)
+    assert request_of_sizes(spec, shape, images=sizes, frames=clip, text=text) == real
 
 
 def test_reducers_round_in_each_group():

@@ -9,6 +9,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
     yield from visit(ast.parse(path.read_text(encoding="utf-8")), False)
 
 
+@cache
 def edges() -> dict[tuple[str, str], set[tuple[str, bool]]]:
     """{(room, imported room): {(file, inside a function)}}; names that the package itself gives are left out."""
     found: dict[tuple[str, str], set[tuple[str, bool]]] = {}

@@ -202,6 +202,7 @@ def test_binding_names_what_stands_in_the_way():
     assert binding([both], budget, DENSE) == ["bytes", "flops"]
     lossy = Trial("c", Cost(100, 100, 1), delta=paired_interval(np.ones(100), np.zeros(100)))
     assert binding([lossy], budget, DENSE) == ["loss"]
+    assert binding([lossy, only_flops, both], budget, DENSE) == ["flops", "loss"]  # either alone would do
     fine = Trial("d", Cost(100, 100, 1), delta=paired_interval(np.ones(100), np.ones(100)))
     assert binding([fine, both], budget, DENSE) == []
     dear = Trial("e", Cost(600, 100, 1), delta=paired_interval(np.ones(100), np.ones(100)))

@@ -18,7 +18,6 @@ Weights and caches of a recipe are not formulas: a method builds its layer witho
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -293,14 +292,12 @@ def request_of_sizes(
         parts.append(Request(len(layout.views), visual, ends, visual, visual, (groups,)))
     if frames:
         levels = spec.video_pool or ((1, 1, 1),)
-        times = [max(1, level[0]) for level in levels]
-        used = -(-frames // math.lcm(*times)) * math.lcm(*times)  # frames are repeated until the pools divide them
         side = spec.token_side
-        groups = tuple(
-            -(-side // rows) * -(-side // cols) for time, rows, cols in levels for _ in range(used // max(1, time))
+        groups = tuple(  # a last group that is not full counts as one
+            -(-side // rows) * -(-side // cols) for time, rows, cols in levels for _ in range(-(-frames // time))
         )
         visual = sum(groups)
-        parts.append(Request(used, used * shape.view_tokens, len(groups), visual, visual, (groups,)))
+        parts.append(Request(frames, frames * shape.view_tokens, len(groups), visual, visual, (groups,)))
     return Request.join(parts, text=text + sum(part.text for part in parts), new=new)
 
 

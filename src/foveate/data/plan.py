@@ -3,9 +3,9 @@
 Train, ask, eval and serve all go through `plan`; `foveate.data.execute` turns the plan into the model's inputs.
 
 Departures from the official NVILA code: a clip is one video block and uses the video encoder (its main branch lost
-that); frame folders sort naturally; clips without a frame rate are sampled evenly; frames are repeated at the end until
-their number fits `video_pool` (the official code stops with a shape error); in training too, only a single picture is
-tiled, as in inference.
+that); frame folders sort naturally; clips without a frame rate are sampled evenly; the last group of a pooled clip may
+be shorter (the official code stops with a shape error); in training too, only a single picture is tiled, as in
+inference.
 """
 
 from __future__ import annotations

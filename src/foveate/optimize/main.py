@@ -77,7 +77,7 @@ def optimize(
     bench.close()
     found.seconds = time.monotonic() - start
     report: dict[str, Any] = to_report(
-        found, model=vlm.name, data=about, conditions=_conditions(vlm, bench, effort, seed, command)
+        found, model=Path(vlm.name).name, data=about, conditions=_conditions(vlm, bench, effort, seed, command)
     )
     if out is not None:
         kept, pictures = found.kept, _pictures(bench, found)

@@ -101,9 +101,10 @@ def pareto_plot(
     if len(path) > 1:
         svg.add("polyline", points=" ".join(path), fill="none", stroke=INK, stroke_width=1.2, opacity=0.45)
     order = {"tried": 0, "naive": 1, "front": 2, "dense": 3, "chosen": 4}
-    taken: list[tuple[float, float]] = []
     for mark in sorted(marks, key=lambda m: order[m.kind]):
         _mark(svg, mark, x(mark.cost), y(mark.quality), y(mark.low), y(mark.high))
+    # What a tag must not cover: the marks that count, then the tags already placed. (x, y, half width).
+    taken = [(x(m.cost), y(m.quality), 7.0) for m in marks if m.kind != "tried"]
     for mark in sorted(marks, key=lambda m: -order[m.kind]):
         if mark.tag:
             _tag(svg, mark, x(mark.cost), y(mark.quality), taken, (left, right, top, bottom))
@@ -151,18 +152,19 @@ def _mark(svg: Svg, mark: Mark, x: float, y: float, low: float, high: float) -> 
         svg.add("circle", title=mark.title, cx=x, cy=y, r=radius, fill=colour, stroke="#fff", stroke_width=1.2)
 
 
-def _tag(svg: Svg, mark: Mark, x: float, y: float, taken: list[tuple[float, float]], box: tuple) -> None:
-    """Draw the tag at the first free place around the mark: right, left, above, below."""
+def _tag(svg: Svg, mark: Mark, x: float, y: float, taken: list[tuple[float, float, float]], box: tuple) -> None:
+    """Draw the tag at the first free place around the mark; where there is none, hovering still shows the title."""
     left, right, top, bottom = box
     half = 3.6 * len(mark.tag)
-    places = [(x + 13 + half, y + 4), (x - 13 - half, y + 4), (x, y - 13), (x, y + 21), (x + 13 + half, y - 10)]
-    for place in places:
-        inside = left + half < place[0] < right - half and top < place[1] < bottom
-        if inside and all(abs(place[0] - a) > half + 12 or abs(place[1] - b) > 12 for a, b in taken):
+    beside = [(x + side * (12 + half), y + down) for down in (4, -9, 17, -24, 32) for side in (1, -1)]
+    for place in [*beside, (x, y - 14), (x, y + 22), (x, y - 30), (x, y + 38)]:
+        inside = left + half < place[0] < right - half and top + 8 < place[1] < bottom
+        # A tag is drawn on its baseline, so its middle is four pixels higher.
+        if inside and all(abs(place[0] - a) > half + w or abs(place[1] - 4 - b) > 11 for a, b, w in taken):
             break
     else:
         return
-    taken.append(place)
+    taken.append((place[0], place[1] - 4, half))
     strong = mark.kind in ("chosen", "dense")
     colour = ACCENT if mark.kind == "chosen" else INK if mark.kind != "naive" else MUTED
     svg.label_at(*place, mark.tag, 12, colour, text_anchor="middle", font_weight=600 if strong else 400)

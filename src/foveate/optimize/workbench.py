@@ -254,12 +254,13 @@ class ModelWorkbench:
         parsed = parse(recipe)
         found = {}
         reducer = next(iter(parsed.of("reduce")), None)
-        if reducer and reducer.name != "random" and "random" in {m.name for m in self.methods}:
-            rest = [m for m in parsed if m.socket != "reduce"]
-            found["random tokens"] = " + ".join([f"random(keep={reducer.keep})", *(m.text() for m in rest)])
-        int4 = "rtn(bits=4, parts=[llm, vision_tower, mm_projector])"
-        if "rtn" in {m.name for m in self.methods} and Recipe.parse(int4).text() != recipe:
-            found["uniform int4"] = Recipe.parse(int4).text()
+        known = {method.name for method in self.methods}
+        if reducer and reducer.name != "random" and "random" in known:
+            rest = [method.text() for method in parsed if method.socket != "reduce"]
+            found["random tokens"] = parse(" + ".join([f"random(keep={reducer.keep})", *rest])).text()
+        int4 = parse("rtn(bits=4, parts=[llm, vision_tower, mm_projector])").text() if "rtn" in known else recipe
+        if int4 != recipe:
+            found["uniform int4"] = int4
         return found
 
     def pictures(self, recipe: str) -> list[Picture]:
