@@ -8,7 +8,6 @@ Differences are paired: the mean over skills of each skill's difference, with a 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def compare(first: list[Record], second: list[Record]) -> dict[str, Any]:
     if [(r.task, r.id) for r in first] != [(r.task, r.id) for r in second]:
         raise ValueError("the two runs did not answer the same questions")
     a, b = [r.correct for r in first], [r.correct for r in second]
-    return asdict(paired_bootstrap(a, b, groups=[r.task for r in first]))
+    return paired_bootstrap(a, b, groups=[r.task for r in first])._asdict()
 
 
 def main() -> None:

@@ -159,9 +159,8 @@ def curriculum(name: str) -> str:
     rows = []
     for stage in load_recipe(name).stages:
         total = sum(stage.mixture.values())
-        mixture = ", ".join(
-            f"{source.removeprefix('world/')} {100 * w / total:.0f} %" for source, w in stage.mixture.items()
-        )
+        shares = {source.removeprefix("world/"): 100 * w / total for source, w in stage.mixture.items()}
+        mixture = ", ".join(f"{source} {'< 1' if share < 1 else f'{share:.0f}'} %" for source, share in shares.items())
         trains = "all" if stage.train == ("*",) else ", ".join(stage.train)
         low = f"{100 * stage.low_resolution:.0f} %"
         rows.append(

@@ -175,8 +175,9 @@ def _choose(bench: Workbench, found: Outcome, effort: Effort, seed: int, say: Sa
         on_round=bench.stage,
     )
     limited = any(limit.axis == "ttft" for limit in found.budget.limits)
+    # Without a time limit a recipe that meets the others is timed for the report only; if there is none, nothing is.
     first = choose(survivors, found.budget, found.dense)
-    timed = survivors if limited else ([first] if first else []) + [t for t in survivors if t is not first]
+    timed = [first, *(t for t in survivors if t is not first)] if first else []
     for trial in timed[: None if limited else effort.timed]:
         say(f"time of {trial.recipe} beside dense")
         row = bench.time(trial.recipe)

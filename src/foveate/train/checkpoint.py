@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _FOLDER = re.compile(r"step-(\d+)$")
-_PARTIAL = ".partial-"
+PARTIAL = ".partial-"
+"""What is being written starts with this until it is whole."""
 
 
 @dataclass
@@ -52,7 +53,7 @@ def save_checkpoint(folder: Path, data: TrainState, keep: int) -> Path:
     """
     step = int(data.state["step"])
     target = folder / f"step-{step:06d}"
-    partial = folder / f"{_PARTIAL}{target.name}"
+    partial = folder / f"{PARTIAL}{target.name}"
     with plain_errors(f"checkpoint of step {step}", folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial(folder)
@@ -105,13 +106,13 @@ def load_checkpoint(path: Path, recipe: TrainRecipe) -> TrainState:
 
 def remove_partial(folder: Path) -> None:
     """Delete what a killed run left half written in `folder`."""
-    for path in folder.glob(f"{_PARTIAL}*"):
+    for path in folder.glob(f"{PARTIAL}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically."""
-    partial = path.with_name(f"{_PARTIAL}{path.name}")
+    partial = path.with_name(f"{PARTIAL}{path.name}")
     with plain_errors(path.name, path.parent):
         try:
             partial.write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from foveate.errors import InputError, RecipeError
 from foveate.nvila import PRESETS, NvilaForConditionalGeneration, build
 from foveate.nvila.checkpoint import load, save
+from foveate.train.checkpoint import PARTIAL, flush_to_disk, plain_errors
 from foveate.train.config import TrainRecipe
 from foveate.train.metrics import read_metrics
 from foveate.train.tokenizer import build_tokenizer
@@ -50,7 +52,7 @@ def load_trainable(
         raise RecipeError(f"model {recipe.model!r} is neither a preset ({names}) nor a folder that exists")
     if recipe.preprocess:
         _change_spec(model, recipe.preprocess)
-    tokenizer.save_pretrained(kept)
+    _keep_tokenizer(tokenizer, kept)
     return model.float(), tokenizer
 
 
@@ -65,7 +67,21 @@ def save_released(
     rows = read_metrics(run_folder / "metrics.jsonl")
     stride = -(-len(rows) // MAX_LOG_ROWS) or 1
     log = rows[:-1:stride] + rows[-1:]
-    save(model.eval(), tokenizer, None, target, extra={"training.json": {"recipe": recipe.to_dict(), "log": log}})
+    with plain_errors("the finished model", target.parent):
+        save(model.eval(), tokenizer, None, target, extra={"training.json": {"recipe": recipe.to_dict(), "log": log}})
+
+
+def _keep_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Path) -> None:
+    """Save the tokenizer of a run, whole or not at all, unless it is there already."""
+    if kept.is_dir():
+        return
+    partial = kept.with_name(f"{PARTIAL}{kept.name}")
+    with plain_errors("the tokenizer", kept.parent):
+        shutil.rmtree(partial, ignore_errors=True)
+        tokenizer.save_pretrained(partial)
+        for file in partial.iterdir():
+            flush_to_disk(file)
+        partial.rename(kept)
 
 
 def _read_tokenizer(folder: str) -> PreTrainedTokenizerBase:
