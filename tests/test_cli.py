@@ -8,7 +8,9 @@ import resource
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from foveate.cli import VERBS, main
 from foveate.cli.common import bar, human, new_file, new_folder
@@ -136,6 +138,19 @@ def test_ask_streams_the_same_text(run, nano_folder, pictures):
     code, out, err = run(*argv)
     assert code == 0 and "visual tokens" in err
     assert out.strip() == json.loads(run(*argv, "--json")[1])["answer"]
+
+
+def test_ask_shows_what_stays(run, nano_folder, pictures, tmp_path):
+    argv = ["ask", pictures / "a.png", "Which?", "--model", nano_folder, "--max-new-tokens", 1, "--show"]
+    drawn = {}
+    for keep in ("0.25", "1.0"):
+        code, _, _ = run(*argv, tmp_path / f"{keep}.png", "--reduce", f"uniform(keep={keep})")
+        assert code == 0
+        with Image.open(tmp_path / f"{keep}.png") as picture:
+            drawn[keep] = np.asarray(picture.convert("L"), float)
+    assert (drawn["0.25"] != drawn["1.0"]).mean() > 0.5  # most tokens are dropped, so most of the picture is veiled
+    fails(run(*argv, tmp_path / "plain"), "needs a suffix")
+    assert not (tmp_path / "plain").exists()
 
 
 def test_ask_dry_run_runs_nothing(run, nano_folder, pictures, monkeypatch):

@@ -114,12 +114,20 @@ def test_predicted_tokens_and_bytes_are_those_of_the_model(bench, vlm):
 
 def test_cached_answers_are_those_of_the_model(bench, vlm):
     """Nothing may hang on the cache of features: not the method, the weights, the batch or the order."""
-    everything = "rtn(bits=4, parts=[llm, vision_tower, mm_projector])"
-    for recipe in ("", "random(keep=0.3) + int8", f"fastervlm(keep=0.5) + {everything}", "uniform(keep=0.5)"):
+    requests = [Request(messages=q.item.messages) for q in bench.choose.questions]
+    seen = []
+    for recipe in (
+        "",
+        "random(keep=0.3) + int8",
+        "fastervlm(keep=0.5) + rtn(bits=4)",
+        "rtn(bits=2, group=0, parts=[vision_tower, mm_projector])",
+        "uniform(keep=0.5)",
+    ):
         small = foveate.Recipe.parse(recipe).apply(vlm, quiet=True) if recipe else vlm
-        requests = [Request(messages=q.item.messages) for q in bench.choose.questions]
         expected = [answer.text for answer in small.answer(requests, max_new_tokens=2)]
         assert bench.answers(recipe, "choose", range(len(expected))) == expected
+        seen.append(expected)
+    assert seen[3] != seen[0]  # a coarse tower answers otherwise, so sharing its features with dense would show
 
 
 # ---- the main job

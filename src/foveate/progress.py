@@ -12,11 +12,16 @@ T = TypeVar("T")
 
 
 class Progress:
-    """A counted task. `update(done, **fields)` shows `done/total`, rate, time left and the given fields."""
+    """A counted task. `update(done, **fields)` shows `done/total`, time left and the given fields.
 
-    def __init__(self, title: str, total: int | None, *, every: float = 10.0, quiet: bool = False) -> None:
+    done: how much was done before this run, for instance by the one that is resumed.
+    """
+
+    def __init__(
+        self, title: str, total: int | None, *, done: int = 0, every: float = 10.0, quiet: bool = False
+    ) -> None:
         self.title, self.total, self.every, self.quiet = title, total, every, quiet
-        self.done = 0
+        self.done = self._first = done  # what an earlier run had done says nothing about the speed of this one
         self._start = self._last = time.monotonic()
         self._tty = sys.stderr.isatty()
 
@@ -38,8 +43,8 @@ class Progress:
     def _show(self, now: float, fields: dict[str, Any]) -> None:
         spent = now - self._start
         text = f"{self.title} {self.done}" + (f"/{self.total}" if self.total else "")
-        if self.total and self.done:
-            text += f" · {spent / self.done * (self.total - self.done):.0f} s left"
+        if self.total and self.done > self._first:
+            text += f" · {spent / (self.done - self._first) * (self.total - self.done):.0f} s left"
         text += "".join(f" · {key} {value}" for key, value in fields.items())
         sys.stderr.write(f"\r\x1b[K{text[:160]}" if self._tty else f"{text}\n")
         sys.stderr.flush()

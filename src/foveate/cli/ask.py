@@ -13,6 +13,7 @@ from foveate.cli.common import (
     add_model_options,
     add_verb,
     load_model,
+    new_file,
     parse_reduce,
     positive_int,
     print_json,
@@ -28,6 +29,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help="folder or preset (default: nano)")
     parser.add_argument("--frames", type=positive_int, metavar="N", help="frames per clip (default: the model's)")
     parser.add_argument("--max-new-tokens", type=positive_int, default=128, metavar="N")
+    parser.add_argument("--show", metavar="FILE", help="draw the visual tokens that stay over the picture")
     parser.add_argument("--dry-run", action="store_true", help="print what the request would become, and run nothing")
     add_method_options(parser)
     add_model_options(parser)
@@ -35,16 +37,24 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     media, question = split_inputs(args.inputs)
+    from foveate.show import kept_picture
+
     reduce = parse_reduce(args.reduce)
     vlm = load_model(args)
     if args.dry_run:
         plan = vlm.plan(user_message(media, question), num_frames=args.frames)
         print_json(plan.to_dict()) if args.json else show_plan(plan)
         return 0
+    if args.show and not Path(args.show).suffix:
+        raise InputError(f"--show {args.show}: the file needs a suffix such as .png")
     stream = None if args.json else _write
     answer = vlm.ask(
         media, question, max_new_tokens=args.max_new_tokens, reduce=reduce, num_frames=args.frames, on_text=stream
     )
+    if args.show:
+        plan = vlm.plan(user_message(media, question), num_frames=args.frames)
+        with new_file(args.show) as path:
+            kept_picture(plan, vlm.spec, vlm.adapter.layout(plan), answer.kept).save(path)
     if args.json:
         print_json({"answer": answer.text, "tokens": answer.tokens, "ms": answer.ms})
     else:

@@ -137,7 +137,8 @@ class Trainer:
             wants_dense="dense" in losses.losses,
         )
         train_tower = "vision_tower" in stage.trained_parts()
-        bar, meter = Progress(stage.name, stage.steps, quiet=self.quiet), _Meter()
+        bar = Progress(stage.name, stage.steps, done=self.step - first_step, quiet=self.quiet)
+        meter = _Meter()
         values: dict[str, float] = {}
         with prefetch(maker.make, range(self.step - first_step, end - first_step)) as batches:
             for data in meter.waits(batches):
