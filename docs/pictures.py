@@ -19,7 +19,7 @@ from foveate.vlm import Request
 from foveate.world.show import contact_sheet
 
 IMAGES = Path(__file__).parent / "images"
-SCENES = (("scene", 12), ("tags", 5), ("bars", 3), ("boxes", 2))
+SCENES = (("scene", 12), ("tags", 5), ("bars", 3), ("dialogue", 2))
 METHODS = ("random(keep=0.25)", "uniform(keep=0.25)", "fastervlm(keep=0.25)")
 GAP = 8
 

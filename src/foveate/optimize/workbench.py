@@ -177,31 +177,38 @@ class ModelWorkbench:
                 self._bar.advance(len(batch), recipe=recipe or "dense")
         return np.array([done[i] for i in range(n)])
 
-    @torch.inference_mode()
     def answers(self, recipe: str, split: str, indices: Sequence[int]) -> list[str]:
         """Greedy answers to the questions at `indices`, as `VLM.answer` gives them."""
+        found = self.answer_ids(recipe, split, indices)
+        return [self.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
+
+    @torch.inference_mode()
+    def answer_ids(self, recipe: str, split: str, indices: Sequence[int]) -> list[list[int]]:
+        """The token ids of `answers`."""
         parsed = parse(recipe)
         weights = Recipe(parsed.of("weights")).text()
         vlm = self._model(weights)
         reducers, caches = parsed.of("reduce"), parsed.of("cache")
         questions = [self._split(split).questions[i] for i in indices]
         plans = [self._plans[split][i] for i in indices]
-        encoded = self._encoded(vlm, self._encoder_key(weights), split, indices)
+        encoded = self.encoded(weights, split, indices)
         rows = [select(vlm.adapter, plan, part, reducers) for plan, part in zip(plans, encoded)]
         limit = max(question.max_new_tokens for question in questions)
         check_context(rows, vlm.adapter, limit)
         cache = caches[0].make(vlm.adapter) if caches else vlm.adapter.new_cache()
         clock = Clock(vlm.device)
         new = generate(vlm.adapter, rows, cache, max_new_tokens=limit, stop=vlm.stop_ids, clock=clock)
-        ids = [row[: question.max_new_tokens] for row, question in zip(new, questions)]
-        return [vlm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in ids]
+        return [ids[: question.max_new_tokens] for ids, question in zip(new, questions)]
 
     def _encoder_key(self, weights: str) -> str:
         """Empty when tower and connector are those of the dense model, else the weight methods that change them."""
         changed = {part for method in parse(weights) for part in getattr(method, "parts", ("vision_tower",))}
         return weights if changed & {"vision_tower", "mm_projector"} else ""
 
-    def _encoded(self, vlm: VLM, key: str, split: str, indices: Sequence[int]) -> list[Encoded]:
+    def encoded(self, recipe: str, split: str, indices: Sequence[int]) -> list[Encoded]:
+        """Visual features of the questions under the recipe's weights, with the signals of all methods searched."""
+        weights = Recipe(parse(recipe).of("weights")).text()
+        vlm, key = self._model(weights), self._encoder_key(weights)
         missing = [i for i in indices if (key, split, i) not in self._features]
         fresh: dict[int, Encoded] = {}
         if missing:

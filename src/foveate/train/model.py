@@ -67,8 +67,9 @@ def save_released(
     rows = read_metrics(run_folder / "metrics.jsonl")
     stride = -(-len(rows) // MAX_LOG_ROWS) or 1
     log = rows[:-1:stride] + rows[-1:]
+    told = {key: value for key, value in recipe.to_dict().items() if key != "output"}  # no folder of this machine
     with plain_errors("the finished model", target.parent):
-        save(model.eval(), tokenizer, None, target, extra={"training.json": {"recipe": recipe.to_dict(), "log": log}})
+        save(model.eval(), tokenizer, None, target, extra={"training.json": {"recipe": told, "log": log}})
 
 
 def _keep_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Path) -> None:
