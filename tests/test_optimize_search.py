@@ -9,6 +9,7 @@ import pytest
 
 from foveate.errors import BudgetError
 from foveate.optimize.budget import Budget, Cost, Limit, amount, parse_loss, points
+from foveate.optimize.result import to_report
 from foveate.optimize.run import Effort, search, skill_table
 from foveate.optimize.samples import Question, Split
 from foveate.optimize.search import Trial, binding, choose, front, halve, nearest, paired_interval, prune
@@ -224,6 +225,16 @@ def test_search_finds_the_winner_and_proves_it():
     assert {split for recipe, split, _ in bench.asked if recipe == "poor"} == {"choose"}  # the proof is for the winner
 
 
+def test_the_baseline_wins_no_tie_and_the_winner_is_on_the_front():
+    table = {"a": (0.4, 0.4, 0.0), "random(keep=0.5)": (0.4, 0.4, 0.0), "uniform(keep=0.5)": (0.4, 0.4, 0.0)}
+    for names in (("random(keep=0.5)", "uniform(keep=0.5)"), ("a", "uniform(keep=0.5)")):
+        bench = Synthetic({name: table[name] for name in names})
+        found = search(bench, Budget.parse(), QUICK, say=quiet)
+        assert found.winner.recipe == names["a" not in names]
+        front = to_report(found, model="m", data="d", conditions={})["front"]
+        assert [row["status"] for row in front] == ["chosen"] and front[0]["recipe"] == found.winner.recipe
+
+
 def test_unreachable_budget_says_what_binds():
     found = search(Synthetic(TABLE), Budget.parse(flops="0.01x"), QUICK, say=quiet)
     assert found.winner is None and not found.met and found.binding == ["flops"]
@@ -264,6 +275,12 @@ def test_a_winner_that_fails_the_proof_is_not_kept():
     found = search(bench, Budget.parse(), QUICK, say=quiet)
     assert found.winner.recipe == "good" and not found.met and found.kept is None
     assert found.verdict.startswith("Not met: -9") and "beyond noise" in found.verdict
+
+
+def test_answers_that_are_all_wrong_are_said():
+    bench = Synthetic({"good": (0.4, 0.4, 0.0)})
+    bench.scores = lambda recipe, split, n: np.zeros(n)
+    assert "right on no sample" in search(bench, Budget.parse(), QUICK, say=quiet).verdict
 
 
 def test_nothing_held_back_is_not_a_proof():

@@ -81,7 +81,9 @@ def _trial_row(trial: Trial) -> dict[str, Any]:
 
 def _front(found: Outcome) -> list[dict[str, Any]]:
     """The recipes that were measured and that nothing beats, cheapest first; dense is the last word on quality."""
-    run = [trial for trial in found.trials if trial.delta]
+    run = sorted(
+        (t for t in found.trials if t.delta), key=lambda t: t is not found.winner
+    )  # the winner stands for equals
     dense = {
         "recipe": "",
         **cost_dict(found.dense),

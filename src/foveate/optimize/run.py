@@ -151,6 +151,8 @@ def search(
             _explain(trial, found)
     found.met = bool(found.winner and found.proof and found.proof.mean >= -budget.max_loss - 1e-9)
     found.verdict = verdict(found)
+    if found.compare and not found.compare[0]["accuracy"]:
+        found.verdict += " The dense model is right on no sample, so no loss could be seen."
     found.seconds = time.monotonic() - start
     return found
 

@@ -203,7 +203,7 @@ def halve(
             if kept and trial.delta.high < -budget.max_loss:
                 trial.reason = f"loses {loss_text(trial.delta)} on {samples} samples"
             elif len(kept) >= survivors:
-                trial.reason = f"{better} recipes were better on {samples} samples ({trial.delta.text()})"
+                trial.reason = f"{better} recipes rank before it on {samples} samples ({trial.delta.text()})"
             else:
                 kept.append(trial)
                 continue
@@ -217,10 +217,10 @@ def loss_text(delta: Interval) -> str:
     return f"{points(-delta.mean)} [{-100 * delta.high:.1f}, {-100 * delta.low:.1f}]"
 
 
-def rank(trial: Trial, budget: Budget, dense: Cost) -> tuple[float, float, str]:
-    """Sort key: quality first, then cost, then the text (so that results are stable)."""
+def rank(trial: Trial, budget: Budget, dense: Cost) -> tuple[float, float, bool, str]:
+    """Sort key: quality first, then cost; among equals the baseline `random` last, then the text (stable results)."""
     quality = trial.delta.mean if trial.delta else -1.0
-    return (-quality, budget.relative_cost(trial.cost, dense), trial.recipe)
+    return (-quality, budget.relative_cost(trial.cost, dense), "random(" in trial.recipe, trial.recipe)
 
 
 def choose(trials: list[Trial], budget: Budget, dense: Cost) -> Trial | None:
