@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from foveate import files
 from foveate.errors import CheckpointError
-from foveate.nvila import NvilaProcessor, build, convert, load, load_config, save, weights
+from foveate.nvila import NvilaProcessor, build, convert, load, load_config, save
 from goldens_io import goldens_dir
 
 ROOT = goldens_dir("nvila")
@@ -177,7 +178,7 @@ def test_nvila_pickles_are_refused(copied: Path) -> None:
 
 
 def test_nvila_shards(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(files, "SHARD_BYTES", 100_000)
     path = convert(copied, tmp_path / "sharded", "three-folder")
     shards = sorted((path / "llm").glob("*.safetensors"))
     assert len(shards) > 2 and (path / "llm" / "model.safetensors.index.json").is_file()
@@ -210,7 +211,7 @@ def test_nvila_saving_is_all_or_nothing(nano: Path, tmp_path: Path, monkeypatch:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(weights, "save_file", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save(model, tokenizer, spec, path)
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before

@@ -16,6 +16,7 @@ import torch
 
 from foveate.adapters import ADAPTERS
 from foveate.errors import CheckpointError, InputError, RecipeError, UnknownNameError, UnsupportedError
+from foveate.files import DTYPES
 from foveate.method import Method, attached, nearest
 from foveate.runtime import Clock, Row, Sampling, TextStream, check_context, encode, generate, prefill, select
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from foveate.data.spec import PreprocessSpec
     from foveate.recipe import Recipe
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDED = Path(__file__).parent / "nano" / "model"
 """The checkpoint of `nano` inside the package."""
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +20,12 @@ from transformers import (
 
 from foveate.data.spec import PreprocessSpec
 from foveate.errors import CheckpointError
+from foveate.files import read_json, replacing, to_dtype, write_json
 from foveate.nvila.configuration import NvilaConfig
 from foveate.nvila.initialise import empty_model
-from foveate.nvila.layouts import LAYOUTS, detect, read_config, read_json, write_configs, write_json
+from foveate.nvila.layouts import LAYOUTS, detect, read_config, write_configs
 from foveate.nvila.modeling import NvilaForConditionalGeneration
-from foveate.nvila.weights import index_tensors, load_into, save_weights, stored_dtype
+from foveate.nvila.weights import checkpoint_dtype, index_tensors, load_into, save_weights
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,7 +37,6 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _GENERIC_TOKENIZERS = ("TokenizersBackend", "PreTrainedTokenizerFast")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Loaded(NamedTuple):
@@ -68,12 +67,12 @@ def load(
     tokenizer = load_tokenizer(folder, layout)
     config = read_config(folder, layout, media_token_ids(tokenizer))
     tensors = index_tensors(folder, layout)
-    wanted = stored_dtype(tensors) if dtype == "auto" else _dtype(dtype)
+    wanted = checkpoint_dtype(tensors) if dtype == "auto" else to_dtype(dtype)
     model = empty_model(config, attn)
     if prepare is not None:
         prepare(model)
     load_into(model, tensors, wanted, device, folder)
-    model.config.dtype = wanted or stored_dtype(tensors)
+    model.config.dtype = wanted or checkpoint_dtype(tensors)
     if len(tokenizer) > config.text_config.vocab_size:
         raise CheckpointError(
             f"the tokenizer has {len(tokenizer)} tokens, the embedding {config.text_config.vocab_size} rows in {folder}"
@@ -111,7 +110,7 @@ def save(
     if spec is not None and spec != config.spec:
         config.preprocess = spec.to_dict()
         config.video_pool_sizes = [list(level) for level in spec.video_pool]
-    with _replacing(target) as folder:
+    with replacing(target) as folder:
         _write_model(model, config, folder, layout)
         tokenizer.save_pretrained(_tokenizer_folder(folder, layout))
         generation_config(tokenizer).save_pretrained(_tokenizer_folder(folder, layout))
@@ -127,7 +126,7 @@ def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], layout: st
         raise CheckpointError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
     model, tokenizer, _ = load(source, dtype=None)
     tokenizer_folder = _tokenizer_folder(source, detect(source))
-    with _replacing(Path(dst)) as folder:
+    with replacing(Path(dst)) as folder:
         _write_model(model, model.config, folder, layout)
         goal = _tokenizer_folder(folder, layout)
         goal.mkdir(parents=True, exist_ok=True)
@@ -193,35 +192,3 @@ def _write_model(model: NvilaForConditionalGeneration, config: NvilaConfig, fold
 
 def _tokenizer_folder(folder: Path, layout: str) -> Path:
     return folder / "llm" if layout == "three-folder" else folder
-
-
-def _dtype(value: str | torch.dtype | None) -> torch.dtype | None:
-    if isinstance(value, str):
-        if value not in DTYPES:
-            raise CheckpointError(f"unknown dtype {value!r}; use auto, {', '.join(DTYPES)}")
-        return DTYPES[value]
-    return value
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A fresh sibling folder that takes the place of `target` when the block ends well, and vanishes when not."""
-    if target.exists() and not (target / "config.json").is_file() and (target.is_file() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists and is no checkpoint; give a new folder or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = target.with_name(f".{target.name}.new-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        yield fresh
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

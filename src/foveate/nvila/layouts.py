@@ -17,6 +17,7 @@ from transformers import Qwen2Config, SiglipVisionConfig
 
 from foveate.data.spec import PreprocessSpec
 from foveate.errors import CheckpointError, FoveateError
+from foveate.files import read_json, write_json
 from foveate.nvila.configuration import NvilaConfig, connector_ratio
 
 LAYOUTS = ("foveate", "three-folder", "flat")
@@ -118,22 +119,6 @@ def write_configs(config: NvilaConfig, folder: Path, layout: str) -> None:
         write_json(folder / "config.json", head | extra | options)
     else:
         _write_three_folder(config, spec, folder, options)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError with the path."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 # ---- reading

@@ -14,8 +14,9 @@ from foveate.data.execute import collate, execute
 from foveate.data.plan import plan
 from foveate.data.spec import PreprocessSpec
 from foveate.errors import InputError
+from foveate.files import write_json
 from foveate.nvila.checkpoint import load_config, load_tokenizer
-from foveate.nvila.layouts import detect, write_json
+from foveate.nvila.layouts import detect
 
 Message = dict[str, Any]
 
