@@ -172,3 +172,55 @@ def test_the_same_answer_alone_and_in_a_batch(vlm):
 def test_a_recipe_is_applied_and_named(vlm):
     result = evaluate(vlm, "world/shape", limit=2, recipe="uniform(keep=0.5) + int8", progress=False)
     assert result["recipe"] == "uniform(keep=0.5) + int8" and not vlm.recipe
+
+
+def multiple_choice_file(tmp_path, rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_each_row_is_judged_by_its_own_scorer(tmp_path):
+    rows = [
+        {"question": "1 total?", "answer": "100", "scorer": "relaxed"},
+        {"question": "2 name?", "answer": "kitten", "scorer": "anls"},
+        {"question": "3 which?", "answer": "blue car", "choices": ["red apple", "blue car"], "scorer": "mcq"},
+        {"question": "4 plain?", "answer": "104"},
+        {"question": "5 there?", "answer": "no", "scorer": "pope"},
+        {"question": "6 bad?", "answer": "x", "scorer": "exakt"},
+        {"question": "7 bad?", "answer": "x", "scorer": "mcq", "choices": "A"},
+    ]
+    answers = {"1": "104", "2": "kitten!", "3": "The answer is B.", "4": "104.0", "5": "No, there is none."}
+    tasks, folder = find_tasks([], multiple_choice_file(tmp_path, rows))
+    records: list[Record] = []
+    model = Scripted(lambda question: answers[question[0]])
+    row = evaluate(model, tasks, data_dir=folder, records=records, progress=False)["tasks"]["data"]
+    assert [round(r.correct, 3) for r in records] == [1.0, round(1 - 1 / 7, 3), 1.0, 0.0, 1.0]
+    assert row["n"] == 5 and row["skipped"] == 2 and row["scorer"] == "anls, exact, mcq, pope, relaxed"
+    reasons = list(tasks[0].skipped.values())
+    assert "did you mean 'exact'" in reasons[0] and "choices is 'A'" in reasons[1]
+
+
+def test_scorer_option_overrides_rows(tmp_path):
+    path = multiple_choice_file(tmp_path, [{"question": "1 total?", "answer": "100", "scorer": "exact"}])
+    tasks, folder = find_tasks([], path, "relaxed")
+    model = Scripted(lambda question: "104")
+    assert evaluate(model, tasks, data_dir=folder, progress=False)["mean"] == 1.0
+    with pytest.raises(UnknownNameError, match="unknown scorer 'relaxd': did you mean 'relaxed'"):
+        find_tasks([], path, "relaxd")
+    path = multiple_choice_file(tmp_path, [{"question": "q?", "answer": "yes"}, {"question": "r?", "answer": "no"}])
+    tasks, folder = find_tasks([], path, "pope")
+    row = evaluate(Scripted(lambda question: "Yes."), tasks, data_dir=folder, progress=False)["tasks"]["data"]
+    assert row["detail"]["yes_ratio"] == 1.0 and row["detail"]["f1"] == pytest.approx(2 / 3)
+
+
+def test_every_scorer_takes_any_text():
+    from foveate.tasks.scores import SCORERS, judge
+
+    for name in SCORERS:
+        for text in ("", "   ", "yes", "A", "3.5 %", "\ud7ff", "a" * 300):
+            assert 0 <= judge(name, text, ["yes", "A", "3.5%"]) <= 1, name
+    assert judge("mcq-mmmu", "perhaps", ["B"], {"A": "one", "B": "two"}) == 0.5  # the value of a random draw
+    assert judge("mcq", "two", ["B"], {"A": "one", "B": "two"}) == judge(
+        "mcq-mmbench", "two", ["two"], {"A": "1", "B": "two"}
+    )

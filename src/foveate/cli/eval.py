@@ -32,6 +32,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--data", metavar="PATH", help="folder of the named sets, or a file of your questions and answers"
     )
+    parser.add_argument(
+        "--scorer", metavar="S", help="judge every question by this rule: exact, vqa, anls, relaxed, mcq, ..."
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the drawn scenes and of the choice under --limit")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="questions per task")
     parser.add_argument("--batch-size", type=positive_int, default=32, metavar="B")
@@ -49,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
         names = [*ALIASES, *TASKS.names(), "data"]
         print_json(names) if args.json else print("\n".join(names))
         return 0
-    tasks, folder = find_tasks(args.task, args.data)  # before the model: a misspelt task should not wait for weights
+    tasks, folder = find_tasks(
+        args.task, args.data, args.scorer
+    )  # before the model: a misspelt task should not wait for weights
     if args.records and Path(args.records).is_dir():
         raise InputError(f"--records {args.records} is a folder; give the name of a file")
     reduce = parse_reduce(args.reduce)

@@ -35,6 +35,9 @@ def add_parser(subparsers: Any) -> None:
     data.add_argument("--data", metavar="D", help=f"your file of questions and answers, or one of {', '.join(NAMED)}")
     data.add_argument("--data-dir", metavar="DIR", help="folder of the named sets (default: $FOVEATE_DATA)")
     data.add_argument("--task", action="append", default=[], metavar="T", help="task, repeatable (default: world)")
+    data.add_argument(
+        "--scorer", metavar="S", help="judge every question by this rule: exact, vqa, anls, relaxed, mcq, ..."
+    )
     data.add_argument("--limit", type=positive_int, metavar="N", help="questions per task")
     data.add_argument("--seed", type=int, default=0, help="of the questions and of the intervals")
     parser.add_argument("--method", action="append", metavar="M", help="search only these methods, repeatable")
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if data in NAMED and not Path(data).exists():
         tasks, data = [data, *tasks], None
     data = data or args.data_dir or (os.environ.get("FOVEATE_DATA") if tasks else None)
-    find_tasks(tasks, data)  # before the model: a misspelt task should not wait for weights
+    find_tasks(tasks, data, args.scorer)  # before the model: a misspelt task should not wait for weights
     vlm = load_model(args)
 
     from foveate.optimize import optimize
@@ -66,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         budget,
         tasks=tasks,
         data=data,
+        scorer=args.scorer,
         limit=args.limit,
         minutes=args.minutes,
         seed=args.seed,

@@ -31,6 +31,7 @@ def optimize(
     *,
     tasks: Sequence[str | Task] = (),
     data: str | Path | None = None,
+    scorer: str | None = None,
     limit: int | None = None,
     minutes: float | None = None,
     seed: int = 0,
@@ -43,11 +44,11 @@ def optimize(
 ) -> dict[str, Any]:
     """The best recipe for `vlm` within `budget`, proved on held-back samples: the dictionary of report.json.
 
-    tasks, data: as `foveate eval`; without them the drawn world. limit: questions per task in the last round of the
-    choice and again in the proof. minutes: scale the numbers of questions to this time, measured on the fly (without it
-    they are fixed, and the result depends on the seed alone). out: folder for the model, report.html and report.json;
-    with None nothing is written. Ctrl-C ends the search and keeps the best so far. Raises InputError, UnknownNameError,
-    BudgetError.
+    tasks, data, scorer: as `foveate eval`; without them the drawn world. limit: questions per task in the last round of
+    the choice and again in the proof. minutes: scale the numbers of questions to this time, measured first; without
+    it they are fixed, and the result depends on the seed alone. out: folder for the model, report.html and report.json;
+    with None nothing is written. Ctrl-C ends the search and keeps the best so far. Raises InputError, BudgetError,
+    UnknownNameError.
     """
     budget, effort = budget or Budget.parse(), effort or Effort()
     say = say or (lambda line: None)
@@ -59,7 +60,7 @@ def optimize(
         raise InputError(f"--limit {limit}: at least one question per task is needed")
     if out is not None:
         check_out(Path(out))
-    chosen, folder = _tasks(tasks, data)
+    chosen, folder = _tasks(tasks, data, scorer)
     if limit is not None:
         effort = effort.limited(limit * len(chosen))
     if minutes is not None:
@@ -95,12 +96,12 @@ def _pictures(bench: ModelWorkbench, found: Outcome) -> list[Picture]:
         return []
 
 
-def _tasks(tasks: Sequence[str | Task], data: str | Path | None) -> tuple[list[Task], Path | None]:
+def _tasks(tasks: Sequence[str | Task], data: str | Path | None, scorer: str | None) -> tuple[list[Task], Path | None]:
     own = [task for task in tasks if isinstance(task, Task)]
     names = [task for task in tasks if isinstance(task, str)]
     if own and not names:
         return own, None if data is None else Path(data)
-    found, folder = find_tasks(names, data)
+    found, folder = find_tasks(names, data, scorer)
     return own + found, folder
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from foveate.errors import InputError
+from foveate.errors import FoveateError, InputError
 from foveate.tasks.base import FileTask, Item, NamedTask, Task, WorldTask
 
 if TYPE_CHECKING:
@@ -60,16 +60,6 @@ class Split:
         return Split(kept, {**self.skipped, **named})
 
 
-@dataclass(frozen=True)
-class _Fixed(Task):
-    """A task over samples that were drawn already."""
-
-    drawn: tuple[Sample, ...] = ()
-
-    def samples(self, limit: int | None, seed: int, data_dir: Path | None) -> list[Sample]:
-        return list(self.drawn)
-
-
 def splits(
     tasks: Sequence[Task], *, choose: int, prove: int, seed: int = 0, data_dir: Path | None = None
 ) -> tuple[Split, Split]:
@@ -85,12 +75,11 @@ def splits(
     for task in tasks:
         first, second = _halves(task, choose, prove, seed, data_dir)
         skipped.update(task.skipped)
-        chosen.append(_questions(task, first)[:choose])
-        proved.append(_questions(task, second)[:prove])
+        chosen.append(_questions(task, first, skipped)[:choose])
+        proved.append(_questions(task, second, skipped)[:prove])
     if not any(chosen):
-        raise InputError(
-            "there is no usable question to choose a recipe on; give --data a file of questions and answers"
-        )
+        reason = next(iter(skipped.values()), "give --data a file of questions and answers")
+        raise InputError(f"there is no usable question to choose a recipe on: {reason}")
     return Split(interleave(chosen), skipped), Split(interleave(proved))
 
 
@@ -154,12 +143,17 @@ def _names(sample: Sample) -> list[str]:
     return files or [f"id {sample.id}"]
 
 
-def _questions(task: Task, samples: Sequence[Sample]) -> list[Question]:
+def _questions(task: Task, samples: Sequence[Sample], skipped: dict[str, str]) -> list[Question]:
+    """The questions of samples; the reasons of those that cannot be judged go into `skipped`."""
     found = []
     for sample in samples:
         skill = str(sample.meta.get("skill") or task.name.removeprefix("world/"))
-        for item in _Fixed(task.name, drawn=(sample,)).items():
-            found.append(Question(item, task.name, skill, task.scorer, task.max_new_tokens))
+        try:
+            items = task.items_of(sample)
+        except FoveateError as error:
+            skipped[sample.id] = str(error)
+            continue
+        found += [Question(item, task.name, skill, item.scorer, task.max_new_tokens) for item in items]
     return found
 
 

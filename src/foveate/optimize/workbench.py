@@ -25,7 +25,7 @@ from foveate.optimize.space import candidates, fitting
 from foveate.progress import Progress
 from foveate.recipe import Recipe
 from foveate.runtime import Clock, check_context, encode, generate, select
-from foveate.tasks.scores import SCORERS
+from foveate.tasks.scores import judge
 from foveate.weights.base import module_bytes
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class ModelWorkbench:
             batch = order[start : start + self.batch_size]
             for index, text in zip(batch, self.answers(recipe, split, batch)):
                 question = self._split(split).questions[index]
-                done[index] = float(SCORERS.get(question.scorer)(text, question.item.answers))
+                done[index] = judge(question.scorer, text, question.item.answers, question.item.choices)
             if self._bar:
                 self._bar.advance(len(batch), recipe=recipe or "dense")
         return np.array([done[i] for i in range(n)])

@@ -9,12 +9,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foveate.errors import InputError, UnknownNameError
+from foveate.errors import FoveateError, InputError, UnknownNameError
 from foveate.registry import Registry
+from foveate.tasks.scores import SCORERS, check_row
 from foveate.world import SKILLS
 
 if TYPE_CHECKING:
@@ -29,25 +30,32 @@ ALIASES = {"world": tuple(f"world/{skill}" for skill in SKILLS)}
 
 @dataclass(frozen=True)
 class Item:
-    """One question: messages up to and with the question, the accepted answers, and the chance of guessing it."""
+    """One question: messages up to and with the question, the accepted answers, and the chance of guessing it.
+
+    scorer: a name of `SCORERS`. choices: {letter: text} of a multiple-choice question.
+    """
 
     id: str
     messages: list[dict[str, Any]]
     answers: tuple[str, ...]
     chance: float | None = None
+    scorer: str = "exact"
+    choices: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Task:
     """Named questions. A subclass gives `samples`; everything else has a default.
 
-    version: raised whenever a change makes numbers not comparable. scorer: a name of `SCORERS`.
+    version: raised whenever a change makes numbers not comparable. scorer: a name of `SCORERS`, for the questions that
+    name none of their own. only_scorer: judges every question, whatever it names.
     """
 
     name: str
     version: int = 1
     scorer: str = "exact"
     max_new_tokens: int = 16
+    only_scorer: str | None = None
     skipped: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Bad samples of the last `items` call, id to reason."""
 
@@ -59,17 +67,30 @@ class Task:
         """At most `limit` questions; each branch of a sample (an independent dialogue) is one question."""
         found: list[Item] = []
         for sample in self.samples(limit, seed, data_dir):
-            for index, branch in enumerate(sample.branches):
-                accepted = sample.meta.get("answers") or (branch[-1][1],)
-                found.append(
-                    Item(
-                        id=sample.id if len(sample.branches) == 1 else f"{sample.id}#{index}",
-                        messages=sample.messages(branch=index, with_answer=False),
-                        answers=tuple(str(answer) for answer in accepted),
-                        chance=sample.meta.get("chance"),
-                    )
-                )
+            try:
+                found += self.items_of(sample)
+            except FoveateError as error:  # a scorer or options that there are not
+                self.skipped[sample.id] = str(error)
         return found[:limit]
+
+    def items_of(self, sample: Sample) -> list[Item]:
+        """The questions of one sample. Raises UnknownNameError (its scorer) and InputError (its options)."""
+        scorer = self.only_scorer or sample.meta.get("scorer") or self.scorer
+        choices = check_row(scorer, sample.meta.get("choices", sample.meta.get("options")))
+        found = []
+        for index, branch in enumerate(sample.branches):
+            accepted = sample.meta.get("answers") or (branch[-1][1],)
+            found.append(
+                Item(
+                    id=sample.id if len(sample.branches) == 1 else f"{sample.id}#{index}",
+                    messages=sample.messages(branch=index, with_answer=False),
+                    answers=tuple(str(answer) for answer in accepted),
+                    chance=sample.meta.get("chance"),
+                    scorer=scorer,
+                    choices=choices,
+                )
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -132,13 +153,17 @@ TASKS.register(
 )
 
 
-def find_tasks(names: Sequence[str] = (), data: str | Path | None = None) -> tuple[list[Task], Path | None]:
-    """The tasks of `names` and the data folder for them.
+def find_tasks(
+    names: Sequence[str] = (), data: str | Path | None = None, scorer: str | None = None
+) -> tuple[list[Task], Path | None]:
+    """The tasks of `names` and the data folder for them. scorer: a name of `SCORERS` that judges all their questions.
 
     data: a folder of the named sets, or a file (or dataset folder) of the user's own, which becomes the task "data".
     Without names: the drawn world; the sets that the folder holds; or "data" for a file, or a folder that holds none.
     Raises UnknownNameError, InputError.
     """
+    if scorer is not None:
+        SCORERS.get(scorer)
     path = None if data is None else Path(data)
     if path is not None and not path.exists():
         raise InputError(
@@ -156,7 +181,7 @@ def find_tasks(names: Sequence[str] = (), data: str | Path | None = None) -> tup
                 if full not in TASKS:
                     raise UnknownNameError(unknown_task(name))
                 tasks.append(TASKS.get(full))
-    unique = {task.name: task for task in tasks}
+    unique = {task.name: replace(task, only_scorer=scorer) if scorer else task for task in tasks}
     return list(unique.values()), None if own else path
 
 

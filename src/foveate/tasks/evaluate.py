@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from foveate.errors import BudgetError, InputError
 from foveate.progress import progress as show_progress
 from foveate.tasks.base import Item, Task, chance_level, find_tasks, majority
-from foveate.tasks.scores import SCORERS
+from foveate.tasks.scores import judge
 from foveate.tasks.stats import wilson
+from foveate.tasks.yesno import pope_metrics
 
 if TYPE_CHECKING:
     from foveate.vlm import VLM
@@ -52,7 +53,7 @@ def evaluate(
     tasks: names, aliases or Task objects. limit: questions per task. recipe: a Recipe or its text, applied to the model
     first; reduce: a token reduction for the requests alone. records: a list that receives one Record a question.
     Returns {"model", "recipe", "tasks": {name: {"n", "correct", "accuracy", "low", "high", "chance", "majority",
-    "version", "skipped"}}, "mean", "seconds"}; low and high are the 95 % Wilson interval, mean is over tasks.
+    "scorer", "version", "skipped"}}, "mean", "seconds"}; low and high are the 95 % Wilson interval, mean is over tasks.
     Raises UnknownNameError, InputError (no data, or no usable question), RecipeError.
     """
     start = time.monotonic()
@@ -106,7 +107,6 @@ def _run_task(
     vlm: VLM, task: Task, items: list[Item], reduce: Any, batch_size: int, num_frames: int | None, show: bool
 ) -> tuple[list[Record], dict[str, str]]:
     """Records of the usable questions, and {id: reason} of the others."""
-    scorer = SCORERS.get(task.scorer)
     found: list[Record] = []
     skipped: dict[str, str] = {}
     right = 0.0
@@ -117,7 +117,7 @@ def _run_task(
                 if isinstance(text, InputError | BudgetError):
                     skipped[item.id] = str(text)
                     continue
-                score = scorer(text, item.answers)
+                score = judge(item.scorer, text, item.answers, item.choices)
                 right += score
                 found.append(Record(task.name, item.id, item.answers[0], text, score))
             bar.advance(len(batch), accuracy=f"{right / max(1, len(found)):.3f}")
@@ -145,17 +145,22 @@ def _answers(
 def _summary(task: Task, items: list[Item], found: list[Record], skipped: int) -> dict[str, Any]:
     right = sum(record.correct for record in found)
     low, high = wilson(right, len(found))
-    used = {record.id for record in found}
+    ids = {record.id for record in found}
+    used = [item for item in items if item.id in ids]
+    yes_no = all(item.scorer == "pope" for item in used)  # its benchmark reports F1 and the share of yes too
+    scorers = sorted({item.scorer for item in used})
     return {
         "n": len(found),
         "correct": int(right) if float(right).is_integer() else round(right, 6),
         "accuracy": right / len(found),
         "low": low,
         "high": high,
-        "chance": chance_level([item for item in items if item.id in used]),
-        "majority": majority([item for item in items if item.id in used]),
+        "chance": chance_level(used),
+        "majority": majority(used),
+        "scorer": ", ".join(scorers),
         "version": task.version,
         "skipped": skipped,
+        **({"detail": pope_metrics([r.prediction for r in found], [r.answer for r in found])} if yes_no else {}),
     }
 
 
