@@ -124,7 +124,7 @@ def test_tokens_of_the_published_sizes(size, tokens, views):
     shape = shape_of("nvila-8b")
     request = request_of_sizes(PreprocessSpec(), shape, images=[size], text=10)
     assert (request.visual, request.views, request.text) == (tokens, views, 11)
-    assert request.budgets("view") == [256] * (tokens // 256)
+    assert request.groups == ((256,) * (tokens // 256),)
 
 
 def test_a_clip_of_256_frames_has_32_groups():
@@ -153,11 +153,11 @@ def test_counts_without_pixels_equal_those_of_the_plan(vlm, mode, media):
 
 def test_reducers_round_in_each_group():
     request = Request(views=3, visual=25, kept=25, text=5, groups=((9, 9), (7,)))
-    assert Effect((FasterVLM(keep=0.5),)).apply(request).kept == 5 + 5 + 4  # a share for each view
-    assert Effect((Uniform(keep=0.5),)).apply(request).kept == 9 + 4  # one for each picture
-    assert Effect((FasterVLM(keep=1),)).apply(request).kept == 3
-    assert request.budgets("media") == [18, 7] and request.budgets("request") == [25]
-    assert Request(text=4).budgets("request") == []
+    shape = shape_of("nano")
+    assert Effect((FasterVLM(keep=0.5),)).apply(request, shape).kept == 5 + 5 + 4  # a share for each view
+    assert Effect((Uniform(keep=0.5),)).apply(request, shape).kept == 9 + 4  # one for each picture
+    assert Effect((FasterVLM(keep=1),)).apply(request, shape).kept == 3
+    assert Effect((FasterVLM(keep=0.5),)).apply(Request(text=4), shape).kept == 0
 
 
 def test_selection_costs_what_its_signal_costs():

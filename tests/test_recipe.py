@@ -125,12 +125,11 @@ def test_methods_that_contradict_each_other_are_refused(tiny, text, words):
 
 
 def test_reducers_stand_in_the_order_of_their_sites(tiny):
-    class Late(Uniform):
-        name = "late"
-        sites = ("llm",)
-
     with pytest.raises(RecipeError, match="write uniform first"):
-        Recipe((Late(keep=0.5), Uniform(keep=0.5))).check(tiny)
+        Recipe.parse("fastv(keep=0.5) + uniform(keep=0.5)").check(tiny)
+    with pytest.raises(RecipeError, match="both reduce at layer 1 of site llm"):
+        Recipe.parse("fastv(keep=0.5, layer=1) + fastv(keep=0.25, layer=1)").check(tiny)
+    Recipe.parse("uniform(keep=0.5) + fastv(keep=0.5, layer=1) + fastv(keep=0.25, layer=2)").check(tiny)
 
 
 def test_a_recipe_on_top_of_another_is_checked_against_it(tiny):

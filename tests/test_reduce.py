@@ -15,7 +15,7 @@ from foveate.adapters.base import received_attention
 from foveate.adapters.layout import NEWLINE, VALID, VisualLayout
 from foveate.errors import RecipeError, UnsupportedError
 from foveate.recipe import Recipe
-from foveate.reduce.base import Reduction, Scorer, evenly, top_k
+from foveate.reduce.base import Reduction, Scorer, evenly, tokens_per_layer, top_k
 from foveate.reduce.fastervlm import FasterVLM, keep_mask
 from foveate.reduce.random import Random
 from foveate.reduce.uniform import Uniform, grid
@@ -221,9 +221,9 @@ def test_as_many_tokens_stay_as_were_asked_for(models, family, method, keep):
         (reducer,) = vlm.reducers(request.reduce)
         layout = vlm.adapter.layout(plan).features()
         groups = layout.groups(reducer.scope)
-        inside = [torch.isin(row.reduction.keep, group).sum().item() for group in groups]
+        inside = [torch.isin(row.origin, group).sum().item() for group in groups]
         assert inside == [reducer.count(len(group)) for group in groups]
-        assert row.kept == sum(inside) == reducer.budget(layout)
+        assert row.kept == sum(inside) == tokens_per_layer([reducer], layout.sizes(), vlm.adapter.shape)[-1]
         placeholders = torch.isin(row.input_ids, torch.tensor(vlm.adapter.placeholders))
         assert int(placeholders.sum()) == row.kept
         # text and separators stay, in order
@@ -237,7 +237,7 @@ def test_positions_are_kept_or_renumbered_as_the_method_says(models):
     row, plan = rows(vlm, Request("what?", PICTURE, reduce="uniform(keep=0.25)"))
     layout = vlm.adapter.layout(plan).features()
     visual = torch.isin(row.input_ids, torch.tensor(vlm.adapter.placeholders))
-    assert torch.equal(row.positions[visual], layout.position[row.reduction.keep])
+    assert torch.equal(row.positions[visual], layout.position[row.origin])
     assert row.next_position == plan.num_tokens
     row, plan = rows(vlm, Request("what?", PICTURE, reduce="fastervlm(keep=0.25)"))
     assert row.positions.tolist() == list(range(len(row.input_ids)))
@@ -253,11 +253,11 @@ def test_a_method_may_hand_its_tokens_over_in_another_order(models):
     plan = vlm.plan(Request("what?", PICTURE).to_messages())
     with torch.inference_mode():
         encoded = vlm.adapter.encode([vlm.prepare(plan)], [plan])[0]
-    row = select(vlm.adapter, plan, encoded, (Backwards(keep=5),))
+    row = select(vlm.adapter, plan, encoded, Backwards(keep=5).steps(vlm.adapter.shape))
     visual = torch.isin(row.input_ids, torch.tensor(vlm.adapter.placeholders))
     layout = vlm.adapter.layout(plan).features()
-    assert torch.equal(row.features, encoded.features[row.reduction.keep])
-    assert torch.equal(row.positions[visual], layout.position[row.reduction.keep])
+    assert torch.equal(row.features, encoded.features[row.origin])
+    assert torch.equal(row.positions[visual], layout.position[row.origin])
     assert row.positions[visual].tolist() == sorted(row.positions[visual].tolist(), reverse=True)
 
 
@@ -330,7 +330,7 @@ def test_the_most_attended_patch_is_the_token_at_its_place(models):
 def test_a_clip_keeps_an_equal_share_of_each_group(models):
     vlm = models["nvila"]
     row, plan = rows(vlm, Request("what?", CLIP, reduce="uniform(keep=0.5)"))
-    layout = vlm.adapter.layout(plan).features()[row.reduction.keep]
+    layout = vlm.adapter.layout(plan).features()[row.origin]
     shares = torch.bincount(layout.view)
     assert int(shares.max() - shares.min()) == 0
 
@@ -340,12 +340,12 @@ def test_a_method_without_its_signal_or_site_says_what_to_use(models):
         signals = ("moon_phase",)
 
     class Elsewhere(Uniform):
-        sites = ("llm",)
+        sites = ("compose",)
 
     with pytest.raises(UnsupportedError, match=r"moon_phase.*try 'uniform'"):
         Unmet(keep=0.5).check(models["nvila"])
     with (
-        pytest.raises(UnsupportedError, match=r"site 'llm'.*post_projector"),
+        pytest.raises(UnsupportedError, match=r"site compose.*post_projector"),
         Elsewhere(keep=0.5).attach(models["nvila"]),
     ):
         pass

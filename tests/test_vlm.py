@@ -12,7 +12,7 @@ import torch
 import foveate.vlm
 from foveate.errors import BudgetError, CheckpointError, FoveateError, InputError, UnknownNameError, UnsupportedError
 from foveate.reduce.uniform import Uniform
-from foveate.runtime import Clock, TextStream, prefill
+from foveate.runtime import Clock, TextStream, open_batch
 from foveate.vlm import VLM, Request
 from goldens_io import goldens_dir
 
@@ -64,8 +64,8 @@ def test_rows_of_a_batch_equal_the_requests_alone(tiny):
     reducers = [tiny.reducers(r.reduce) for r in requests]
     with torch.inference_mode():
         rows = tiny._rows(plans, [tiny.prepare(p) for p in plans], reducers, Clock(tiny.device))
-        together = prefill(tiny.adapter, rows, tiny.new_cache())[0]
-    assert len({len(row.input_ids) for row in rows}) > 2
+        together = open_batch(tiny.adapter, rows, tiny.new_cache(), Clock(tiny.device)).prefill()
+    assert len({len(row) for row in rows}) > 2
     for request, logits in zip(requests, together):
         torch.testing.assert_close(tiny.logits(request), logits, atol=2e-5, rtol=1e-5)
     answers = tiny.answer(requests, max_new_tokens=5, batch_size=3)
@@ -89,7 +89,7 @@ def test_decoding_with_the_cache_equals_prompts_without_one(nvila, monkeypatch):
             inputs = [nvila.prepare(plan)]
             (row,) = nvila._rows([plan], inputs, [nvila.reducers(reduce)], Clock(nvila.device))
             for step, logits in enumerate(found):
-                expected = prefill(nvila.adapter, [row], nvila.new_cache())[0]
+                expected = open_batch(nvila.adapter, [row], nvila.new_cache(), Clock(nvila.device)).prefill()
                 torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
                 if step < len(ids):
                     row.input_ids = torch.cat([row.input_ids, torch.tensor([ids[step]])])
@@ -237,7 +237,7 @@ def test_requests_that_cannot_be_answered(nvila):
         nvila.ask(PICTURE, "  ")
     with pytest.raises(FoveateError, match="int8 is a cache method"):
         nvila.ask(PICTURE, "what?", reduce="int8")
-    with pytest.raises(FoveateError, match="same site"):
+    with pytest.raises(FoveateError, match="both reduce at site post_projector"):
         nvila.ask(PICTURE, "what?", reduce="uniform(keep=0.5) + random(keep=0.5)")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from foveate.adapters.layout import VisualLayout
     from foveate.data.plan import Plan
     from foveate.vlm import VLM
 
@@ -60,14 +61,19 @@ def effect(before: VLM, after: VLM, plan: Plan | None = None) -> Effect:
     weights = {name: (module_bytes(old[name]), module_bytes(new[name])) for name in old}
     plan = plan or _reference(after)
     layout = after.adapter.layout(plan).features()
-    kept = [method.budget(layout) for method in after.reducers()]
-    was = [method.budget(layout) for method in before.reducers()]
     return Effect(
         recipe=after.recipe.text(),
         weights=weights,
         cache=(cache_bytes_per_token(before), cache_bytes_per_token(after)),
-        tokens=(min([len(layout), *was]), min([len(layout), *kept])),
+        tokens=(_kept(before, layout), _kept(after, layout)),
     )
+
+
+def _kept(vlm: VLM, layout: VisualLayout) -> int:
+    """Visual tokens of `layout` that are left in the last layer."""
+    from foveate.reduce.base import tokens_per_layer
+
+    return tokens_per_layer(vlm.reducers(), layout.sizes(), vlm.adapter.shape)[-1]
 
 
 def cache_bytes_per_token(vlm: VLM) -> float:

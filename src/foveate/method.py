@@ -122,9 +122,10 @@ def attached(vlm: VLM, socket: str) -> tuple[Method, ...]:
     return tuple(method for owner, method in _ATTACHED.get() if owner is vlm and method.socket == socket)
 
 
-def signal_for(need: str, offered: typing.Collection[str]) -> str | None:
-    """The first of the alternatives in `need` ("a|b") that is in `offered`, or None."""
-    return next((name for name in need.split("|") if name in offered), None)
+def signal_for(need: str, offered: typing.Collection[str] | typing.Callable[[str], bool]) -> str | None:
+    """The first of the alternatives in `need` ("a|b") that is in `offered`, or that `offered` says yes to, or None."""
+    has = offered if callable(offered) else offered.__contains__
+    return next((name for name in need.split("|") if has(name)), None)
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:

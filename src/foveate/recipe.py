@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foveate.adapters.shape import SITES
 from foveate.errors import CheckpointError, FoveateError, RecipeError
 from foveate.method import Method
 from foveate.recipe_text import parse_recipe
@@ -92,9 +93,10 @@ class Recipe:
             reason = _conflict(first, second)
             if reason:
                 raise RecipeError(f"{first.text()} and {second.text()} {reason}; drop one of them")
-        _check_order(whole.of("reduce"))
+        check_reducers(whole.of("reduce"), vlm)
         for method in self.methods:
-            method.check(vlm)
+            if method.socket != "reduce":
+                method.check(vlm)
 
     def apply(self, vlm: VLM, *, quiet: bool = False) -> VLM:
         """A new VLM with this recipe on top; `vlm` stays as it is. Prints the effect on standard error.
@@ -152,21 +154,26 @@ def _conflict(first: Method, second: Method) -> str:
         return ""
     if first.socket == "cache":
         return "are both caches, and a request has one"
-    if first.socket == "reduce" and (site := next((s for s in first.sites if s in second.sites), None)):
-        return f"both reduce at site {site}"
     if first.socket == "weights" and first.exclusive == second.exclusive:
         part = next((part for part in first.parts if part in second.parts), None)
         return f"both change the {first.exclusive} of {part}" if part else ""
     return ""
 
 
-def _check_order(reducers: tuple[Any, ...]) -> None:
-    from foveate.reduce.base import SITES
-
-    for first, second in pairwise(reducers):
-        if SITES.index(first.sites[0]) > SITES.index(second.sites[0]):
+def check_reducers(reducers: Sequence[Any], vlm: VLM) -> None:
+    """Raise UnsupportedError or RecipeError if these reductions cannot work on `vlm`, one after the other."""
+    shape = vlm.adapter.shape
+    for method in reducers:
+        method.check(vlm)
+    acts = [[(SITES.index(step.site), step.layer) for step in method.steps(shape)] for method in reducers]
+    for (first, own), (second, others) in combinations(zip(reducers, acts), 2):
+        if both := sorted(set(own) & set(others)):
+            site, layer = SITES[both[0][0]], both[0][1]
+            where = f"layer {layer} of site {site}" if site in ("encoder", "llm") else f"site {site}"
+            raise RecipeError(f"{first.text()} and {second.text()} both reduce at {where}; drop one of them")
+        if own[0] > others[0]:
             raise RecipeError(
-                f"{second.name} acts at {second.sites[0]}, before {first.name} at {first.sites[0]}; "
+                f"{second.name} acts at {SITES[others[0][0]]}, before {first.name} at {SITES[own[0][0]]}; "
                 f"write {second.name} first"
             )
 

@@ -74,6 +74,7 @@ METHODS = Registry(
     {
         "random": "foveate.reduce.random:Random",
         "uniform": "foveate.reduce.uniform:Uniform",
+        "fastv": "foveate.reduce.fastv:FastV",
         "fastervlm": "foveate.reduce.fastervlm:FasterVLM",
         "rtn": "foveate.weights.rtn:RTN",
         "int8": "foveate.cache.int8:Int8Cache",

@@ -15,35 +15,49 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from foveate.adapters.shape import INSIDE
 from foveate.errors import BudgetError
 from foveate.method import signal_for
+from foveate.ragged import Ragged
+from foveate.rows import Row, narrowed, pad
 
 if TYPE_CHECKING:
     from foveate.adapters.base import Adapter, Encoded
-    from foveate.adapters.layout import VisualLayout
     from foveate.data.execute import Inputs
     from foveate.data.plan import Plan
-    from foveate.reduce.base import Reducer, Reduction
+    from foveate.reduce.base import Step
 
 STAGES = ("preprocess", "encode", "select", "prefill", "decode")
 
 
 class Clock:
-    """Milliseconds per stage, with the device's queue drained at each boundary."""
+    """Milliseconds per stage, with the device's queue drained at each boundary. A stage inside another one counts for
+    itself only, not for the outer one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._open: list[str] = []
         self.ms = dict.fromkeys(STAGES, 0.0)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        if self._open:
+            self._drain()
+        self._open.append(name)
         start = time.perf_counter()
         try:
             yield
         finally:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            self.ms[name] += (time.perf_counter() - start) * 1e3
+            self._drain()
+            spent = (time.perf_counter() - start) * 1e3
+            self.ms[name] += spent
+            self._open.pop()
+            if self._open:
+                self.ms[self._open[-1]] -= spent
+
+    def _drain(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 @dataclass(frozen=True)
@@ -53,29 +67,6 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
-
-
-@dataclass
-class Row:
-    """One request as the language model will see it, on the CPU but for its features.
-
-    input_ids: [L'] with a placeholder per feature; features: [K, D]; positions: [L'] or [3, L'] position ids;
-    next_position: of the first generated token.
-    """
-
-    input_ids: Tensor
-    features: Tensor
-    positions: Tensor
-    next_position: int
-    visual: int
-    kept: int
-    reduction: Reduction | None = None
-    layout: VisualLayout | None = None
-
-    @property
-    def text(self) -> int:
-        """Tokens that are not visual features."""
-        return len(self.input_ids) - self.kept
 
 
 def request_key(inputs: Inputs) -> int:
@@ -88,60 +79,71 @@ def request_key(inputs: Inputs) -> int:
 
 
 def encode(
-    adapter: Adapter, plans: Sequence[Plan], inputs: Sequence[Inputs], reducers: Sequence[Sequence[Reducer]]
+    adapter: Adapter, plans: Sequence[Plan], inputs: Sequence[Inputs], steps: Sequence[Sequence[Step]]
 ) -> list[Encoded]:
-    """Visual features of each request, with the signals that its own reducers need."""
-    wanted = {
-        name
-        for methods in reducers
-        for method in methods
-        for need in method.signals
-        if (name := signal_for(need, adapter.signals))
-    }
-    encoded = adapter.encode(inputs, plans, wanted)
-    for part, source in zip(encoded, inputs):
-        if "features" in wanted:
-            part.signals["features"] = part.features
-        if "request_key" in wanted:
-            part.signals["request_key"] = torch.tensor(request_key(source))
-    return encoded
+    """Visual features of each request, with the signals that its own steps need.
+
+    A request with a step after the encoder gets the features that the connector would take; `select` connects them.
+    """
+    out: list[Any] = [None] * len(plans)
+    for stop in ("post_projector", "post_encoder"):
+        mine = [i for i, own in enumerate(steps) if stop_of(own) == stop]
+        if not mine:
+            continue
+        outside = [step for i in mine for step in steps[i] if step.site not in INSIDE]
+        wanted = {name for step in outside for need in step.signals if (name := signal_for(need, adapter.offers))}
+        parts = adapter.encode([inputs[i] for i in mine], [plans[i] for i in mine], wanted, stop=stop)
+        for i, part in zip(mine, parts):
+            if "features" in wanted:
+                part.signals.setdefault("features", part.features)
+            named = {name for step in steps[i] for name in step.signals}
+            if "request_key" in named:
+                part.signals["request_key"] = torch.tensor(request_key(inputs[i]))
+            if "text_embeddings" in named:
+                part.signals["text_embeddings"] = text_embeddings(adapter, plans[i])
+            out[i] = part
+    return out
 
 
-def select(adapter: Adapter, plan: Plan, encoded: Encoded, reducers: Sequence[Reducer]) -> Row:
-    """Apply the reducers of one request: drop tokens from the prompt, cut or merge the features, set positions."""
+def text_embeddings(adapter: Adapter, plan: Plan) -> Tensor:
+    """[T, D] embeddings of the prompt's tokens that are neither features nor separators."""
     ids = torch.as_tensor(plan.input_ids)
-    positions = adapter.positions(plan)
-    total = encoded.features.shape[0]
-    next_position = int(positions.max()) + 1
-    row = Row(ids, encoded.features, positions, next_position, total, total)
-    if not reducers or not total:
-        return row
-    layout = row.layout = adapter.layout(plan).features()
-    (reducer,) = reducers  # one reducer a site: Recipe.check and VLM see to it
-    reduction = row.reduction = reducer.select(encoded.signals, layout)
-    stays = torch.ones(len(ids), dtype=torch.bool)
-    stays[layout.position] = False
-    stays[layout.position[reduction.keep]] = True
-    row.features = reduction.apply(encoded.features)
-    row.kept = row.features.shape[0]
-    # A method may hand its tokens over in another order: they then fill the kept places in that order, and bring
-    # their own positions along.
-    order = torch.arange(len(ids))
-    order[layout.position[reduction.keep].sort().values] = layout.position[reduction.keep]
-    row.input_ids = ids[stays]
-    row.positions = positions[..., order[stays]]
-    if reducer.position == "renumber":
-        if positions.dim() == 1:
-            row.positions = torch.arange(len(row.input_ids))
-        row.next_position = int(row.positions.max()) + 1
+    text = torch.ones(len(ids), dtype=torch.bool)
+    text[adapter.layout(plan).position] = False
+    return adapter.model.get_input_embeddings()(ids[text].to(adapter.model.device))
+
+
+def stop_of(steps: Sequence[Step]) -> str:
+    """Where the adapter hands over the features of a request."""
+    return "post_encoder" if any(step.site == "post_encoder" for step in steps) else "post_projector"
+
+
+def select(adapter: Adapter, plan: Plan, encoded: Encoded, steps: Sequence[Step]) -> Row:
+    """The prompt of one request after its steps outside the language model: tokens dropped or merged, positions set."""
+    row = Row.open(adapter, plan, encoded.features, encoded.deep)
+    connected = stop_of(steps) == "post_projector"
+    signals = {name: value.to(adapter.model.device) for name, value in encoded.signals.items()}
+    for step in (step for step in steps if step.site not in INSIDE and row.visual):
+        if step.site == "post_projector" and not connected:
+            row.features, connected = adapter.connect(row.features), True
+            if "features" in signals:
+                signals["features"] = row.features
+        reduction = step.select(signals, row.layout)
+        row.cut(reduction, step)
+        signals = narrowed(signals, reduction)
+    if not connected:
+        row.features = adapter.connect(row.features)
+    row.key = encoded.signals.get("request_key")
+    row.steps = tuple(step for step in steps if step.site in INSIDE) if row.kept else ()
+    row.touched = row.touched or bool(row.steps)
     return row
 
 
 def check_context(rows: Sequence[Row], adapter: Adapter, max_new_tokens: int) -> None:
     """Raise BudgetError when a prompt and its answer do not fit the language model."""
     limit = adapter.max_context
-    longest = max(rows, key=lambda row: len(row.input_ids))
-    length = len(longest.input_ids)
+    longest = max(rows, key=len)
+    length = len(longest)
     if length + max_new_tokens > limit:
         raise BudgetError(
             f"the prompt has {length} tokens ({longest.kept} visual) and {max_new_tokens} new ones are asked for, the "
@@ -149,28 +151,56 @@ def check_context(rows: Sequence[Row], adapter: Adapter, max_new_tokens: int) ->
         )
 
 
-@dataclass
-class Batch:
-    """What grows or shrinks from step to step.
+class Level:
+    """A batch in which every layer sees the same tokens, through the adapter's own forward pass. As `Ragged`."""
 
-    mask: [B, cached], or None when nothing is padded. position: of the next token, [B, 1] or [3, B, 1]. alive: the
-    requests that the rows belong to.
-    """
+    def __init__(self, adapter: Adapter, rows: Sequence[Row], cache: Any) -> None:
+        self.adapter, self.cache, self.rows = adapter, cache, list(rows)
+        self.alive = list(range(len(rows)))
+        self._mask: Tensor | None = None  # [B, cached], or None when nothing is padded
+        self._position = torch.zeros(0)  # of the next token, [B, 1] or [3, B, 1]
 
-    mask: Tensor | None
-    position: Tensor
-    alive: list[int]
+    def prefill(self) -> Tensor:
+        """Next-token logits [B, V] float32."""
+        adapter, rows, device = self.adapter, self.rows, self.adapter.model.device
+        ids, mask, positions, newlines = pad(rows, adapter)
+        self._mask = None if mask is None else mask.to(device)
+        features = torch.cat([row.features for row in rows if row.kept] or [rows[0].features[:0]])
+        levels = max(len(row.deep) for row in rows)
+        deep = [torch.cat([row.deep[i] for row in rows if row.kept]) for i in range(levels)]
+        where = None if newlines is None else newlines.to(device)
+        prompt = adapter.embed(ids.to(device), features, deep=deep, newlines=where)
+        following = torch.tensor([row.next_position for row in rows], device=device)[:, None]
+        self._position = following.expand(*positions.shape[:-1], 1)
+        for row in rows:
+            row.per_layer = [row.kept] * len(adapter.layers)
+        return self._forward(prompt, positions.to(device))
+
+    def decode(self, token: Tensor) -> Tensor:
+        """Logits [B, V] after one more token in each row, [B]."""
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(token), 1)], dim=1)
+        logits = self._forward({"input_ids": token[:, None]}, self._position)
+        self._position = self._position + 1
+        return logits
+
+    def shrink(self, going: list[int]) -> None:
+        """Only these rows go on."""
+        index = torch.tensor(going, device=self._position.device)
+        self.cache.batch_select_indices(index)
+        self.alive = [self.alive[i] for i in going]
+        self._mask = None if self._mask is None else self._mask[index]
+        self._position = self._position[..., index, :]
+
+    def _forward(self, inputs: dict[str, Any], positions: Tensor) -> Tensor:
+        return self.adapter.forward(
+            **inputs, attention_mask=self._mask, position_ids=positions, past_key_values=self.cache
+        )
 
 
-def prefill(adapter: Adapter, rows: Sequence[Row], cache: Any) -> tuple[Tensor, Batch]:
-    """Run the prompts through the language model: next-token logits [B, V] float32, and the batch for `generate`."""
-    device = adapter.model.device
-    ids, mask, positions = pad(rows, adapter)
-    mask = None if mask is None else mask.to(device)
-    prompt = adapter.embed(ids.to(device), torch.cat([row.features for row in rows if row.kept] or [rows[0].features]))
-    logits = adapter.forward(**prompt, attention_mask=mask, position_ids=positions.to(device), past_key_values=cache)
-    following = torch.tensor([row.next_position for row in rows], device=device)[:, None]
-    return logits, Batch(mask, following.expand(*positions.shape[:-1], 1), list(range(len(rows))))
+def open_batch(adapter: Adapter, rows: Sequence[Row], cache: Any, clock: Clock) -> Level | Ragged:
+    """The batch that these rows need."""
+    return Ragged(adapter, rows, cache, clock) if any(row.steps for row in rows) else Level(adapter, rows, cache)
 
 
 def generate(
@@ -191,9 +221,9 @@ def generate(
     stops = set(stop)
     out: list[list[int]] = [[] for _ in rows]
     draw = _sampler(sampling)
+    batch = open_batch(adapter, rows, cache, clock)
     with clock.stage("prefill"):
-        logits, batch = prefill(adapter, rows, cache)
-        token = draw(logits)
+        token = draw(batch.prefill())
         found = token.tolist()
     with clock.stage("decode"):
         while True:
@@ -209,46 +239,10 @@ def generate(
             if not going:
                 return out
             if len(going) < len(batch.alive):
-                token = _shrink(batch, cache, token, going)
-            if batch.mask is not None:
-                batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(token), 1)], dim=1)
-            logits = adapter.forward(
-                input_ids=token[:, None], attention_mask=batch.mask, position_ids=batch.position, past_key_values=cache
-            )
-            batch.position = batch.position + 1
-            token = draw(logits)
+                batch.shrink(going)
+                token = token[torch.tensor(going, device=token.device)]
+            token = draw(batch.decode(token))
             found = token.tolist()
-
-
-def pad(rows: Sequence[Row], adapter: Adapter) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Left-padded ids [B, L], mask [B, L] (None when nothing is padded) and position ids [B, L] or [3, B, L]."""
-    length = max(len(row.input_ids) for row in rows)
-    fill = _padding_id(adapter)
-    ids = torch.full((len(rows), length), fill)
-    mask = torch.zeros(len(rows), length, dtype=torch.int64)
-    lead = rows[0].positions.shape[:-1]
-    positions = torch.zeros(*lead, len(rows), length, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        start = length - len(row.input_ids)
-        ids[index, start:] = row.input_ids
-        mask[index, start:] = 1
-        positions[..., index, start:] = row.positions
-    return ids, None if bool(mask.all()) else mask, positions
-
-
-def _padding_id(adapter: Adapter) -> int:
-    """An id for padding that is no placeholder."""
-    fill = getattr(adapter.tokenizer, "pad_token_id", None)
-    return next(i for i in (fill, 0, 1, 2) if i is not None and i not in adapter.placeholders)
-
-
-def _shrink(batch: Batch, cache: Any, token: Tensor, going: list[int]) -> Tensor:
-    index = torch.tensor(going, device=token.device)
-    cache.batch_select_indices(index)
-    batch.alive = [batch.alive[i] for i in going]
-    batch.mask = None if batch.mask is None else batch.mask[index]
-    batch.position = batch.position[..., index, :]
-    return token[index]
 
 
 def _sampler(sampling: Sampling | None) -> Callable[[Tensor], Tensor]:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from foveate.adapters import ADAPTERS
+from foveate.adapters.shape import steps_of
 from foveate.errors import CheckpointError, InputError, RecipeError, UnknownNameError, UnsupportedError
 from foveate.files import DTYPES
 from foveate.method import Method, attached, nearest
-from foveate.runtime import Clock, Row, Sampling, TextStream, check_context, encode, generate, prefill, select
+from foveate.rows import Row
+from foveate.runtime import Clock, Sampling, TextStream, check_context, encode, generate, open_batch, select
 
 if TYPE_CHECKING:
     from foveate.adapters.base import Adapter
@@ -213,14 +215,15 @@ class VLM:
     def _rows(
         self, plans: Sequence[Plan], inputs: Sequence[Inputs], reducers: Sequence[Sequence[Any]], clock: Clock
     ) -> list[Row]:
+        steps = [steps_of(own, self.adapter.shape) for own in reducers]
         with clock.stage("encode"):
-            encoded = encode(self.adapter, plans, inputs, reducers)
+            encoded = encode(self.adapter, plans, inputs, steps)
         with clock.stage("select"):
-            return [select(self.adapter, *parts) for parts in zip(plans, encoded, reducers)]
+            return [select(self.adapter, *parts) for parts in zip(plans, encoded, steps)]
 
     def _answer(self, row: Row, ids: list[int], ms: dict[str, float]) -> Answer:
         text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        kept = None if row.reduction is None else row.reduction.keep.tolist()
+        kept = row.origin.tolist() if row.touched else None
         return Answer(text, {"text": row.text, "visual": row.visual, "kept": row.kept}, dict(ms), ids, kept)
 
     @torch.inference_mode()
@@ -229,7 +232,7 @@ class VLM:
         plan = self.plan(request.to_messages(), num_frames=request.num_frames)
         clock = Clock(self.device)
         rows = self._rows([plan], [self.prepare(plan)], [self.reducers(request.reduce)], clock)
-        return prefill(self.adapter, rows, self.new_cache())[0][0]
+        return open_batch(self.adapter, rows, self.new_cache(), clock).prefill()[0]
 
     def with_spec(self, **changes: Any) -> VLM:
         """The same weights with fields of the preprocessing spec changed, for instance `mode="resize"`, `num_frames=4`.
@@ -255,11 +258,10 @@ class VLM:
             wrong = next((method for method in found if method.socket != "reduce"), None)
             if wrong:
                 raise RecipeError(f"{wrong.name} is a {wrong.socket} method; reduce= takes token reductions only")
-        sites = [site for method in found for site in method.sites]
-        if len(set(sites)) < len(sites):
-            raise RecipeError(f"{' and '.join(m.name for m in found)} reduce at the same site; use one of them")
-        for method in found:
-            method.check(self)
+        if found:
+            from foveate.recipe import check_reducers
+
+            check_reducers(found, self)
         return found
 
     def new_cache(self) -> Any:

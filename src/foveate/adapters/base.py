@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from foveate.adapters.layout import VisualLayout
+from foveate.adapters.shape import Shape
+from foveate.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from foveate.data.execute import Inputs
     from foveate.data.plan import Plan
     from foveate.data.spec import PreprocessSpec
 
-COMMON_SIGNALS = ("request_key", "features")
-"""Signals that need no model: a checksum of the request's prompt and pixels, and the visual features themselves."""
+COMMON_SIGNALS = ("request_key", "features", "text_embeddings")
+"""Signals that the runtime makes: a checksum of the request's prompt and pixels, the visual features themselves, and
+the embeddings [T, D] of the prompt's text tokens."""
 
 
 @dataclass
@@ -34,11 +37,13 @@ class Encoded:
     """What the encoder makes of one request.
 
     features: [N, D] on the model's device, all pictures and clips in prompt order, separators left out.
-    signals: name -> [N] float32 on the CPU, aligned with `features` (see `Adapter.signals`).
+    signals: name -> [N] float32 on the CPU, aligned with `features` (see `Adapter.signals`). deep: for each of the
+    first decoder layers what is added at the visual tokens to its output, [N, D] as the features (most families: none).
     """
 
     features: Tensor
     signals: dict[str, Tensor] = field(default_factory=dict)
+    deep: list[Tensor] = field(default_factory=list)
 
 
 class Adapter(ABC):
@@ -48,7 +53,8 @@ class Adapter(ABC):
     """
 
     family: ClassVar[str]
-    sites: ClassVar[tuple[str, ...]] = ("post_projector",)
+    sites: ClassVar[tuple[str, ...]] = ("post_projector", "llm", "compute", "cache")
+    has_cls: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, tokenizer: Any, spec: PreprocessSpec) -> None:
         self.model, self.tokenizer, self.spec = model, tokenizer, spec
@@ -96,10 +102,38 @@ class Adapter(ABC):
         """The language model's config of transformers."""
         return self.model.config.get_text_config()
 
+    def offers(self, name: str) -> bool:
+        """Whether `encode` can hand out this signal; "name@l" names encoder block l."""
+        return name.partition("@")[0] in self.signals
+
+    @property
+    @abstractmethod
+    def num_blocks(self) -> int:
+        """Blocks of the encoder that are used; the last of them feeds the connector."""
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of the encoder's blocks, 0 where they are of no use."""
+        return 0
+
+    @property
+    def shape(self) -> Shape:
+        """What decides where a reduction acts."""
+        return Shape(self.num_blocks, len(self.layers), self.has_cls, self.sites, self.signals, self.num_heads)
+
+    @property
+    def text_model(self) -> nn.Module:
+        """The decoder of the language model, with `layers`, `norm` and `rotary_emb`."""
+        return self.model.get_decoder()
+
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers of the language model."""
-        return self.model.get_decoder().layers
+        return self.text_model.layers
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits float32 of the states that leave the last decoder layer, [..., D] -> [..., V]."""
+        return self.model.get_output_embeddings()(self.text_model.norm(hidden)).float()
 
     @property
     @abstractmethod
@@ -118,15 +152,34 @@ class Adapter(ABC):
         """The visual tokens of a planned request, separators included."""
 
     @abstractmethod
-    def encode(self, inputs: Sequence[Inputs], plans: Sequence[Plan], signals: Collection[str] = ()) -> list[Encoded]:
-        """Features and signals of several requests in one pass through tower and connector."""
+    def encode(
+        self,
+        inputs: Sequence[Inputs],
+        plans: Sequence[Plan],
+        signals: Collection[str] = (),
+        *,
+        stop: str = "post_projector",
+    ) -> list[Encoded]:
+        """Features and signals of several requests in one pass through tower and connector.
+
+        stop: "post_encoder" leaves the connector out: the features are then what `connect` takes.
+        """
+
+    def connect(self, features: Tensor) -> Tensor:
+        """[K, C] -> [K, D], the connector alone. Only where it works token by token (site "post_encoder")."""
+        raise UnsupportedError(f"the connector of {self.family!r} models joins neighbouring patches")
 
     def positions(self, plan: Plan) -> Tensor:
         """Position ids of the whole prompt: [L] int64 (a family with M-RoPE: [3, L])."""
         return torch.arange(len(plan.input_ids))
 
-    def embed(self, input_ids: Tensor, features: Tensor) -> dict[str, Any]:
-        """Arguments of `forward` for a padded batch: ids [B, L] with `features` [sum of K, D] in row-major order."""
+    def embed(
+        self, input_ids: Tensor, features: Tensor, *, deep: Sequence[Tensor] = (), newlines: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Arguments of `forward` for a padded batch: ids [B, L] with `features` [sum of K, D] in row-major order.
+
+        deep: as `Encoded.deep`, of all rows. newlines: [B, L] bool, separators whose ids are placeholders.
+        """
         embeds = self.model.get_input_embeddings()(input_ids)
         if features.shape[0]:
             slots = torch.isin(input_ids, torch.tensor(self.placeholders, device=input_ids.device))

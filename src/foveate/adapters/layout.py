@@ -58,6 +58,11 @@ class VisualLayout:
         order = torch.argsort(inverse, stable=True)
         return list(torch.split(order, torch.bincount(inverse).tolist())) if len(self) else []
 
+    def sizes(self) -> list[list[int]]:
+        """For each picture or clip the tokens of its views, in order."""
+        found = [self.view[self.media == item].unique(return_counts=True)[1] for item in self.media.unique()]
+        return [counts.tolist() for counts in found]
+
     @classmethod
     def join(cls, parts: list[VisualLayout]) -> VisualLayout:
         """The layouts one after the other; an empty layout for an empty list."""

@@ -62,6 +62,14 @@ class NvilaAdapter(Adapter):
         return (*COMMON_SIGNALS, "received_attention")
 
     @property
+    def num_blocks(self) -> int:
+        return self.model.config.num_vision_layers
+
+    @property
+    def num_heads(self) -> int:
+        return self.model.config.vision_config.num_attention_heads
+
+    @property
     def placeholders(self) -> tuple[int, ...]:
         return (self.model.config.image_token_id, self.model.config.video_token_id)
 
@@ -79,7 +87,14 @@ class NvilaAdapter(Adapter):
 
     # ---- encoding
 
-    def encode(self, inputs: Sequence[Inputs], plans: Sequence[Plan], signals: Collection[str] = ()) -> list[Encoded]:
+    def encode(
+        self,
+        inputs: Sequence[Inputs],
+        plans: Sequence[Plan],
+        signals: Collection[str] = (),
+        *,
+        stop: str = "post_projector",
+    ) -> list[Encoded]:
         attention = "received_attention" in signals
         with_images = [i for i in inputs if i.views is not None]
         grids = [(rows, cols) for i in with_images for rows, cols in i.image_grids.tolist()]

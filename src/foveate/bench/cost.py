@@ -123,6 +123,7 @@ class Request:
 
     text: tokens that are no visual features (separators among them). visual: features before reduction; kept: after.
     groups: per picture or clip the sizes of its encoded views in tokens, which reducers share their budgets over.
+    per_layer: visual tokens that each decoder layer sees, where that differs; kept is then what the last one sees.
     new: answer tokens.
     """
 
@@ -133,6 +134,7 @@ class Request:
     kept: int = 0
     groups: tuple[tuple[int, ...], ...] = ()
     new: int = 1
+    per_layer: tuple[int, ...] = ()
 
     @classmethod
     def from_plan(cls, plan: Plan, shape: ModelShape, *, new: int = 1) -> Request:
@@ -169,34 +171,32 @@ class Request:
             new=new,
         )
 
-    def budgets(self, scope: str) -> list[int]:
-        """Sizes of the groups that share a budget: "view", "media" or "request", as `VisualLayout.groups`."""
-        if scope == "view":
-            return [size for media in self.groups for size in media]
-        if scope == "media":
-            return [sum(media) for media in self.groups]
-        return [self.visual] if self.visual else []
-
     @property
     def prompt(self) -> int:
         """Tokens that the language model reads."""
-        return self.text + self.kept
+        return self.text + max([self.kept, *self.per_layer])
+
+    @property
+    def cached(self) -> float:
+        """Tokens of the prompt that the cache holds, mean over the decoder layers."""
+        layers = self.per_layer or (self.kept,)
+        return self.text + sum(layers) / len(layers)
 
 
 def flops(shape: ModelShape, request: Request, *, causal: bool = True, selection: float = 0.0) -> dict[str, float]:
     """FLOPs by stage; "decode" is one new token after the prompt. causal=False counts masked pairs too, as a kernel
     without skipping executes (and as torch's counter counts)."""
-    n, width = shape.patches, shape.vision_width
-    tower_attention = shape.vision_layers * 4 * n * n * width
-    prompt, attention = request.prompt, 4 * shape.heads * shape.head_size * shape.layers
-    pairs = prompt * (prompt + 1) / 2 if causal else prompt * prompt
-    linear = 2 * shape.layers * shape.layer_params
+    patches, width = shape.patches, shape.vision_width
+    tower_attention = shape.vision_layers * 4 * patches * patches * width
+    attention, linear = 4 * shape.heads * shape.head_size, 2 * shape.layer_params
+    lengths = [request.text + visual for visual in request.per_layer or (request.kept,) * shape.layers]
+    pairs = sum(n * (n + 1) / 2 if causal else n * n for n in lengths)
     return {
-        "tower": float(request.views * (2 * shape.tower_params * n + tower_attention)),
+        "tower": float(request.views * (2 * shape.tower_params * patches + tower_attention)),
         "connector": float(2 * shape.connector_params * request.connector_rows),
         "selection": float(selection),
-        "prefill": float(linear * prompt + attention * pairs + 2 * shape.head_params),
-        "decode": float(linear + attention * (prompt + 1) + 2 * shape.head_params),
+        "prefill": float(linear * sum(lengths) + attention * pairs + 2 * shape.head_params),
+        "decode": float(linear * len(lengths) + attention * (sum(lengths) + len(lengths)) + 2 * shape.head_params),
     }
 
 
@@ -259,8 +259,8 @@ def bytes_moved(shape: ModelShape, request: Request, stored: dict[str, float], k
         "tower": stored["tower"] * used,
         "connector": stored["connector"] * used,
         "selection": 0.0,
-        "prefill": stored["llm"] + kv * request.prompt,
-        "decode": stored["llm"] + kv * (request.prompt + 1),
+        "prefill": stored["llm"] + kv * request.cached,
+        "decode": stored["llm"] + kv * (request.cached + 1),
     }
 
 
@@ -375,7 +375,7 @@ def estimate(
     effect: what a recipe changes. stored: measured weight bytes (of `weights` form) instead of the formula's.
     """
     effect = effect or Effect()
-    request = effect.apply(request)
+    request = effect.apply(request, shape)
     stored = stored or weights(shape, dtype, effect.weights)
     kv = kv_bytes(shape, dtype, effect.cache)
     work = flops(shape, request, selection=effect.selection_flops(shape, request))
@@ -394,7 +394,7 @@ def estimate(
         "bytes": {
             "weights": sum(stored.values()),
             "kv_per_token": kv,
-            "kv": kv * (request.prompt + request.new),
+            "kv": kv * (request.cached + request.new),
             "read_prefill": moved["prefill"],
             "read_decode": moved["decode"],
         },
@@ -418,12 +418,16 @@ class Effect:
             return cls()
         return cls(recipe.of("reduce"), recipe.of("weights"), next(iter(recipe.of("cache")), None))
 
-    def apply(self, request: Request) -> Request:
-        """The request with the tokens that stay; exact, because reducers round within each group."""
-        for reducer in self.reducers:
-            kept = sum(reducer.count(size) for size in request.budgets(reducer.scope))
-            request = replace(request, kept=min(request.kept, kept))
-        return request
+    def apply(self, request: Request, shape: ModelShape) -> Request:
+        """The request with the tokens that stay in each decoder layer; exact for methods whose budget is."""
+        if not self.reducers:
+            return request
+        from foveate.adapters.shape import Shape
+        from foveate.reduce.base import tokens_per_layer
+
+        layers = tokens_per_layer(self.reducers, request.groups, Shape(shape.vision_layers, shape.layers))
+        same = len(set(layers)) == 1
+        return replace(request, kept=layers[-1], per_layer=() if same else tuple(layers))
 
     def selection_flops(self, shape: ModelShape, request: Request) -> float:
         """Query-key products of one tower layer, computed once more when a method asks for received attention, because

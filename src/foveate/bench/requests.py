@@ -88,10 +88,11 @@ def timed_request(vlm: VLM, pictures: list[np.ndarray], prompt: str, new_tokens:
     """
     import torch
 
+    from foveate.adapters.shape import steps_of
     from foveate.data.sample import ImageSource, media_parts
     from foveate.runtime import STAGES, Clock, encode, generate, select
 
-    reducers = [vlm.reducers()]
+    reducers = vlm.reducers()
 
     @torch.inference_mode()
     def run(i: int) -> tuple[dict[str, float], Any]:
@@ -101,11 +102,12 @@ def timed_request(vlm: VLM, pictures: list[np.ndarray], prompt: str, new_tokens:
         with clock.stage("preprocess"):
             plans = [vlm.plan([{"role": "user", "content": content}])]
             inputs = [vlm.prepare(plans[0])]
+        steps = steps_of(reducers, vlm.adapter.shape)
         with clock.stage("encode"):
-            encoded = encode(vlm.adapter, plans, inputs, reducers)
+            encoded = encode(vlm.adapter, plans, inputs, [steps])
         with clock.stage("select"):
-            rows = [select(vlm.adapter, plans[0], encoded[0], reducers[0])]
-        needed = len(rows[0].input_ids) + new_tokens
+            rows = [select(vlm.adapter, plans[0], encoded[0], steps)]
+        needed = len(rows[0]) + new_tokens
         if needed > vlm.adapter.max_context:
             raise BudgetError(
                 f"the request needs {needed} tokens, the model takes {vlm.adapter.max_context}; use smaller pictures"

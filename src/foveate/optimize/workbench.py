@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from foveate.adapters.shape import steps_of
 from foveate.bench import cost as costs
 from foveate.effect import cache_bytes_per_token
 from foveate.errors import FoveateError, InputError
@@ -24,7 +25,7 @@ from foveate.optimize.search import Trial
 from foveate.optimize.space import candidates, fitting
 from foveate.progress import Progress
 from foveate.recipe import Recipe
-from foveate.runtime import Clock, check_context, encode, generate, select
+from foveate.runtime import Clock, check_context, encode, generate, select, stop_of
 from foveate.tasks.scores import judge
 from foveate.weights.base import module_bytes
 
@@ -121,12 +122,12 @@ class ModelWorkbench:
         total = dict.fromkeys(costs.STAGES, 0.0)
         cache = tokens = 0.0
         for request, share in self._requests().items():
-            small = effect.apply(request)
+            small = effect.apply(request, self._shape)
             flops = costs.flops(self._shape, small, selection=effect.selection_flops(self._shape, small))
             flops["decode"] *= small.new - 1  # the prompt gives the first token
             for stage, value in flops.items():
                 total[stage] += share * value
-            cache += share * per_token * (small.prompt + small.new - 1)
+            cache += share * per_token * (small.cached + small.new - 1)
             tokens += share * small.kept
         return Cost(sum(total.values()), weights + cache, tokens, parts={**total, "weights": weights, "cache": cache})
 
@@ -191,8 +192,9 @@ class ModelWorkbench:
         reducers, caches = parsed.of("reduce"), parsed.of("cache")
         questions = [self._split(split).questions[i] for i in indices]
         plans = [self._plans[split][i] for i in indices]
-        encoded = self.encoded(weights, split, indices)
-        rows = [select(vlm.adapter, plan, part, reducers) for plan, part in zip(plans, encoded)]
+        encoded = self.encoded(recipe, split, indices)
+        shape = vlm.adapter.shape
+        rows = [select(vlm.adapter, plan, part, steps_of(reducers, shape)) for plan, part in zip(plans, encoded)]
         limit = max(question.max_new_tokens for question in questions)
         check_context(rows, vlm.adapter, limit)
         cache = caches[0].make(vlm.adapter) if caches else vlm.adapter.new_cache()
@@ -207,16 +209,21 @@ class ModelWorkbench:
 
     def encoded(self, recipe: str, split: str, indices: Sequence[int]) -> list[Encoded]:
         """Visual features of the questions under the recipe's weights, with the signals of all methods searched."""
-        weights = Recipe(parse(recipe).of("weights")).text()
+        parsed = parse(recipe)
+        weights = Recipe(parsed.of("weights")).text()
         vlm, key = self._model(weights), self._encoder_key(weights)
+        own = steps_of(parsed.of("reduce"), vlm.adapter.shape)
+        key += f" to {stop_of(own)}"
         missing = [i for i in indices if (key, split, i) not in self._features]
         fresh: dict[int, Encoded] = {}
         if missing:
             plans = [self._plans[split][i] for i in missing]
             inputs = [self.vlm.prepare(plan) for plan in plans]
-            # With the signals of every reducer that is searched, so that one pass serves them all.
-            every = [[m.from_params({"keep": 1.0}) for m in self.methods if m.socket == "reduce"]] * len(plans)
-            for index, part in zip(missing, encode(vlm.adapter, plans, inputs, every)):
+            # With the signals of every reducer that is searched and reads the same features: one pass serves them all.
+            methods = [m.from_params({"keep": 1.0}) for m in self.methods if m.socket == "reduce"]
+            found = [steps_of([method], vlm.adapter.shape) for method in methods]
+            every = [*own, *(step for steps in found if stop_of(steps) == stop_of(own) for step in steps)]
+            for index, part in zip(missing, encode(vlm.adapter, plans, inputs, [every] * len(plans))):
                 fresh[index] = part
                 size = part.features.nbytes + sum(signal.nbytes for signal in part.signals.values())
                 if self._held + size <= CACHE_BYTES:

@@ -1,19 +1,23 @@
 """The reduce socket: from signals and a layout to the visual tokens that stay.
 
-A method says where it acts (`sites`), what it must be told (`signals`), who shares a budget (`scope`) and what becomes
-of positions; hooks, batches, separators and the cache are the runtime's. `select` is a pure function over tensors: it
-sees the features of one request, never a model.
+A method says where it acts (`sites`, or `steps` when it acts in several places), what it must be told (`signals`), who
+shares a budget (`scope`) and what becomes of positions and separators; hooks, batches and the cache are the runtime's.
+`select` is a pure function over tensors: it sees the features of one request, never a model.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from foveate.adapters.decoder import check_layers
+from foveate.adapters.shape import INSIDE, Shape, steps_of
 from foveate.errors import RecipeError, UnsupportedError
 from foveate.method import Method, signal_for
 
@@ -21,9 +25,25 @@ if TYPE_CHECKING:
     from foveate.adapters.layout import VisualLayout
     from foveate.vlm import VLM
 
-SITES = ("compose", "encoder", "post_encoder", "post_projector", "packed", "llm", "cache")
-"""Where a reducer may act, in the order in which a request passes: while composing views, inside the encoder, after it,
-after the connector, with the text, inside the language model, in the cache while decoding."""
+LLM_SIGNALS = (
+    "request_key",
+    "last_attention",
+    "text_attention",
+    "visual_attention",
+    "next_last_attention",
+    "next_text_attention",
+    "next_visual_attention",
+    "last_value_attention",
+    "hidden",
+    "text_hidden",
+    "keys",
+    "values",
+    "next_keys",
+    "next_values",
+    "text_input",
+    "visual_input",
+)
+"""What a step inside the language model can be told; `foveate.llm_signals` says what each is."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,38 @@ class Reduction:
         """[N, D] -> [K, D]. Keeping all in order returns the same numbers bit for bit."""
         if self.weights is None:
             return features[self.keep.to(features.device)]
-        return (self.weights.to(features.device, features.dtype) @ features).to(features.dtype)
+        return (self.weights.to(features.device, torch.float32) @ features.float()).to(features.dtype)
+
+    def changes(self, n: int) -> bool:
+        """Whether anything happens to `n` features at all."""
+        return self.weights is not None or not torch.equal(self.keep.cpu(), torch.arange(n))
+
+
+Select = Callable[[dict[str, Tensor], "VisualLayout"], Reduction]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One place where a method acts on a request.
+
+    site: one of SITES. select: the method there; N is the number of tokens that are left when the step comes, and the
+    layout is narrowed to them. count(n, total): tokens that stay of a group of n, where `total` features were to enter
+    the language model (total = n before it). layer: encoder block or decoder layer; at site "llm" tokens leave at the
+    input of decoder layer `layer`. where: at site "encoder", at the block's output, or between its attention and MLP.
+    position: "keep" leaves tokens at their positions, "renumber" closes the gaps. newline: what becomes of separators
+    once something was dropped: all stay ("keep"), all go ("drop"), or those stay that end a row of which something
+    is left ("row").
+    """
+
+    site: str
+    select: Select
+    count: Callable[[int, int], int]
+    layer: int = 0
+    signals: tuple[str, ...] = ()
+    scope: Literal["view", "media", "request"] = "request"
+    position: Literal["keep", "renumber"] = "keep"
+    newline: Literal["keep", "drop", "row"] = "keep"
+    where: Literal["output", "mid"] = "output"
 
 
 @dataclass(frozen=True)
@@ -50,10 +101,12 @@ class Reducer(Method):
 
     keep: a fraction in (0, 1] when it is a float, rounded half up and at least one token; a number of tokens per group
     when it is an integer (groups that are smaller stay whole). So 1.0 keeps everything and 1 keeps one token per group.
-    Separators are not counted and always stay. Class attributes beside Method's:
+    A method that acts in several places says in its own docstring what `keep` is a fraction of. Class attributes beside
+    Method's:
 
-    scope: who shares a budget, as `VisualLayout.groups`. position: "keep" leaves the tokens at their original
-    positions, "renumber" closes the gaps.
+    sites: where a method of one step may act, the preferred one first. scope: who shares a budget, as
+    `VisualLayout.groups`. position, newline: as in `Step`. exact: how many tokens stay is known before anything runs;
+    else `count` is what is expected.
     """
 
     keep: float | int
@@ -62,6 +115,8 @@ class Reducer(Method):
     sites: ClassVar[tuple[str, ...]] = ("post_projector",)
     scope: ClassVar[Literal["view", "media", "request"]] = "view"
     position: ClassVar[Literal["keep", "renumber"]] = "renumber"
+    newline: ClassVar[Literal["keep", "drop", "row"]] = "keep"
+    exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,28 +131,58 @@ class Reducer(Method):
             return min(self.keep, n)
         return min(n, max(1, int(self.keep * n + 0.5)))
 
-    def budget(self, layout: VisualLayout) -> int:
-        """Tokens that stay of a layout without separators: known before anything is computed."""
-        return sum(self.count(len(group)) for group in layout.groups(self.scope))
-
     @abstractmethod
     def select(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
         """What stays of N features. signals: name -> [N] or [N, ...] on one device. layout: N tokens, no separators."""
 
+    def steps(self, shape: Shape) -> tuple[Step, ...]:
+        """Where this method acts on a model of this shape, in order. The default is one step, `select`.
+
+        Called once for each request, so what the steps of one call share belongs to that request. Raises
+        UnsupportedError when the model serves none of `sites`, RecipeError for a layer that it does not have.
+        """
+        site = next((site for site in self.sites if site in shape.sites), None)
+        if site is None:
+            raise UnsupportedError(
+                f"{self.name} acts at site {' or '.join(self.sites)}, which this model does not serve; it serves "
+                f"{', '.join(shape.sites)}"
+            )
+        return (self.step(site, self.select),)
+
+    def step(self, site: str, select: Select, **changes: object) -> Step:
+        """A `Step` with this method's signals, scope, count and policies, but for `changes`."""
+        values: dict[str, object] = {
+            "signals": self.signals,
+            "scope": self.scope,
+            "position": self.position,
+            "newline": self.newline,
+            "count": lambda n, total: self.count(n),
+        }
+        return Step(site, select, **{**values, **changes})  # type: ignore[arg-type]
+
     def check(self, vlm: VLM) -> None:
         super().check(vlm)
-        site = next((site for site in self.sites if site not in vlm.adapter.sites), None)
-        if site:
-            raise UnsupportedError(
-                f"{self.name} acts at site {site!r}, which the {vlm.adapter.family!r} adapter does not serve; "
-                f"it serves {', '.join(vlm.adapter.sites)}"
-            )
-        for need in self.signals:
-            if signal_for(need, vlm.adapter.signals) is None:
+        adapter = vlm.adapter
+        for step in self.steps(adapter.shape):
+            if step.site not in adapter.sites:
                 raise UnsupportedError(
-                    f"{self.name} needs {need.replace('|', ' or ')}, which the {vlm.adapter.family!r} adapter does not "
-                    f"offer; try 'uniform', which needs no signal"
+                    f"{self.name} acts at site {step.site!r}, which the {adapter.family!r} adapter does not serve; it "
+                    f"serves {', '.join(adapter.sites)}. Try 'uniform' or 'fastv'"
                 )
+            if step.site in INSIDE:
+                check_layers(adapter.layers, adapter.text_config, self.name)
+                if not 1 <= step.layer < len(adapter.layers):
+                    raise RecipeError(
+                        f"{self.name} acts before layer {step.layer} of the language model; this one has "
+                        f"{len(adapter.layers)} layers, so 1 to {len(adapter.layers) - 1} are possible"
+                    )
+            for need in step.signals:
+                known = need in LLM_SIGNALS if step.site in INSIDE else signal_for(need, adapter.offers)
+                if not known:
+                    raise UnsupportedError(
+                        f"{self.name} needs {need.replace('|', ' or ')}, which the {adapter.family!r} adapter does not "
+                        f"offer; try 'uniform', which needs no signal"
+                    )
 
 
 @dataclass(frozen=True)
@@ -123,6 +208,71 @@ def top_k(score: Tensor, k: int) -> Tensor:
 def in_order(kept: list[Tensor]) -> Tensor:
     """The groups' kept indices as one ascending [K] int64 tensor."""
     return torch.cat(kept).sort().values if kept else torch.zeros(0, dtype=torch.int64)
+
+
+def layer_index(value: float | int, depth: int, method: str, name: str = "layer") -> int:
+    """The layer that a parameter means: an integer is an index, a float a fraction of the `depth` layers.
+
+    Both lie in 1 .. depth - 1, a fraction is rounded and clamped there. Raises RecipeError for an index outside.
+    """
+    if depth < 2:
+        raise UnsupportedError(f"{method} drops tokens between layers, but the model has {depth}")
+    if isinstance(value, int):
+        if not 1 <= value < depth:
+            raise RecipeError(
+                f"{method}: {name} is {value}; this model has {depth} layers, give 1 to {depth - 1}, or a fraction of "
+                f"the depth such as 0.25"
+            )
+        return value
+    if not 0 < value < 1:
+        raise RecipeError(f"{method}: {name} is {value}; a fraction of the depth lies between 0 and 1")
+    return min(depth - 1, max(1, int(value * depth + 0.5)))
+
+
+def tokens_per_layer(reducers: Sequence[Reducer], groups: Sequence[Sequence[int]], shape: Shape) -> list[int]:
+    """Visual tokens that each decoder layer sees in a prefill, known before anything runs.
+
+    groups: for each picture or clip the sizes of its encoded views in tokens, separators not counted. Exact for
+    methods that are; when a method shares a budget over several views and another one follows that does not, the
+    views are taken to lose tokens evenly.
+    """
+    sizes = [list(media) for media in groups]
+    total = sum(map(sum, sizes))
+    steps = steps_of(reducers, shape)
+    for step in steps:
+        if step.site not in INSIDE:
+            sizes = _after(step, sizes, None)
+    total = sum(map(sum, sizes))
+    tokens = []
+    for layer in range(shape.layers):
+        for step in steps:
+            if step.site == "llm" and step.layer == layer:
+                sizes = _after(step, sizes, total)
+        tokens.append(sum(map(sum, sizes)))
+    return tokens
+
+
+def _after(step: Step, sizes: list[list[int]], total: int | None) -> list[list[int]]:
+    """Tokens of each view after a step. total: None before the language model, where each group is its own."""
+
+    def count(n: int) -> int:
+        return step.count(n, n if total is None else total) if n else 0
+
+    if step.scope == "view":
+        return [[count(size) for size in media] for media in sizes]
+    if step.scope == "media":
+        return [_shares(media, count(sum(media))) for media in sizes]
+    flat = _shares([sum(media) for media in sizes], count(sum(map(sum, sizes))))
+    return [_shares(media, share) for media, share in zip(sizes, flat)]
+
+
+def _shares(sizes: list[int], kept: int) -> list[int]:
+    """`kept` tokens spread over views of these sizes in proportion; the sum is exact."""
+    whole, ends, seen = sum(sizes), [0], 0
+    for size in sizes:
+        seen += size
+        ends.append(kept * seen // whole if whole else 0)
+    return [after - before for before, after in pairwise(ends)]
 
 
 def evenly(count: int, n: int) -> Tensor:

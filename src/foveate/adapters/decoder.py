@@ -1,0 +1,110 @@
+"""Decoder layers of the Llama kind (Llama, Mistral, Qwen2, Qwen3 and what is built on them), seen from outside.
+
+What the runtime needs to run them one by one with rows of tokens that differ in length: the projections of chosen
+rows, rotary embedding, masks in the form that each attention backend takes, and a cache that shows a layer's keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.errors import UnsupportedError
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosine and sine [..., L, d] of the rotary embedding."""
+
+
+def check_layers(layers: nn.ModuleList, config: Any, method: str) -> None:
+    """Raise UnsupportedError when tokens cannot leave between these layers."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UnsupportedError(
+            f"{method} drops tokens inside the language model, which needs full attention in every layer; this one has "
+            f"{', '.join(sorted(kinds - {'full_attention'}))}. Use a method at site 'post_projector'"
+        )
+    for name in ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"):
+        module: Any = layers[0]
+        for part in name.split("."):
+            module = getattr(module, part, None)
+        if module is None:
+            raise UnsupportedError(
+                f"{method} acts inside the language model, whose layers have no {name}; use a method at site "
+                f"'post_projector'"
+            )
+
+
+def project(layer: nn.Module, kind: str, states: Tensor, rotary: Rotary | None) -> Tensor:
+    """Queries, keys or values ("q", "k", "v") of a layer for the states that enter it. [R, D] -> [heads, R, d].
+
+    rotary: of these rows; queries and keys come out after it. States go through the layer's own first norm.
+    """
+    attention: Any = layer.self_attn
+    out = getattr(attention, f"{kind}_proj")(layer.input_layernorm(states))
+    out = out.unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, f"{kind}_norm", None)
+    if norm is not None:  # Qwen3 normalises each head
+        out = norm(out)
+    out = out.transpose(-2, -3)
+    return out if rotary is None else rotate(out, rotary)
+
+
+def rotate(states: Tensor, rotary: Rotary) -> Tensor:
+    """[heads, R, d] with the rotary embedding of rows [R, d] applied, halves paired as in Llama."""
+    cos, sin = rotary
+    half = states.shape[-1] // 2
+    turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
+    return states * cos + turned * sin
+
+
+def scale_of(layer: nn.Module) -> float:
+    """What attention logits of a layer are multiplied by."""
+    attention: Any = layer.self_attn
+    return float(getattr(attention, "scaling", attention.head_dim**-0.5))
+
+
+def attention_mask(real: Tensor | None, new: int, config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """The mask that a decoder layer takes: the last `new` of T columns attend, causally, to the real ones.
+
+    real: [B, T] bool, False where a column is padding; None: all are real. The form follows the attention backend:
+    None or bool for SDPA, additive for eager attention, the padding mask itself for flash attention.
+    """
+    kind = getattr(config, "_attn_implementation", None) or "eager"
+    if kind == "sdpa" and real is None:
+        return None  # the kernel masks causally by itself
+    if kind.startswith(("flash", "kernels")):
+        return None if real is None else real.long()
+    if kind not in ("sdpa", "eager"):
+        raise UnsupportedError(f"attention {kind!r} cannot run rows of unequal length; load the model with attn='sdpa'")
+    if real is None:
+        if new > 1:
+            allowed = torch.ones(new, new, dtype=torch.bool, device=device).tril()[None, None]
+        else:
+            return None
+    else:
+        total = real.shape[1]
+        rows = torch.arange(total - new, total, device=device)
+        allowed = (torch.arange(total, device=device) <= rows[:, None]) & real[:, None, None, :]
+    if kind == "sdpa":
+        return allowed
+    return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+class Recorder:
+    """Stands in for a cache, and keeps what the attention of each watched layer saw: index -> (keys, values)."""
+
+    def __init__(self, cache: Any, watched: set[int]) -> None:
+        self._cache, self._watched = cache, watched
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As Cache.update; [B, heads, T, d] each."""
+        full = self._cache.update(keys, values, layer_idx, *args, **kwargs)
+        if layer_idx in self._watched:
+            self.seen[layer_idx] = full
+        return full
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)

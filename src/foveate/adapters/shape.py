@@ -1,0 +1,34 @@
+"""`Shape`: the few numbers of a model that decide where a token reduction acts, and the order of the places."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+SITES = ("compose", "encoder", "post_encoder", "post_projector", "llm", "compute", "cache")
+"""Where a reducer may act, in the order in which a request passes: while composing views, inside the encoder, after it,
+after the connector, inside the language model, in what its layers compute, in the cache while decoding."""
+
+INSIDE = ("llm", "compute", "cache")
+"""Sites inside the language model."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """blocks: encoder blocks that are used; heads: of their attention (0: not known). layers: decoder layers. cls: the
+    encoder has a CLS token. sites: where reducers may act. signals: base names of the encoder-side signals on offer,
+    without "@block"."""
+
+    blocks: int
+    layers: int
+    cls: bool = False
+    sites: tuple[str, ...] = SITES
+    signals: tuple[str, ...] = ()
+    heads: int = 0
+
+
+def steps_of(reducers: Iterable[Any], shape: Shape) -> tuple[Any, ...]:
+    """The steps of all reducers in the order in which a request passes them; fresh ones, for one request."""
+    steps = [step for reducer in reducers for step in reducer.steps(shape)]
+    return tuple(sorted(steps, key=lambda step: (SITES.index(step.site), step.layer)))

@@ -1,0 +1,116 @@
+"""What a step inside the language model is told: rows of attention, states, keys and values around one layer.
+
+Attention rows are computed from the queries of the rows that are asked for and all keys, so the model keeps its fast
+attention and no layer runs twice. A step at layer k sees layer k-1 as it ran, and layer k by its own projections:
+
+    last_attention         [H, N]     row of the last prompt token in layer k-1, over the visual tokens
+    text_attention         [H, Q, N]  rows of the text tokens that follow the first visual one, in layer k-1
+    visual_attention       [H, N]     mean over the rows of the visual tokens, in layer k-1
+    next_last_attention, next_text_attention, next_visual_attention: the same with the projections of layer k
+    last_value_attention   [H, N]     softmax over the visual tokens of v_last . v_visual / sqrt(d), layer k-1
+    hidden                 [N, D]     states of the visual tokens that enter layer k
+    text_hidden            [Q, D]     states of those text tokens
+    keys, values           [N, heads * d]  of layer k-1, keys after the rotary embedding
+    next_keys, next_values [N, heads * d]  of layer k
+    text_input             [Q, D]     embeddings of the text tokens that entered the language model
+    visual_input           [N0, D]    features of all visual tokens that entered it
+    request_key            scalar     checksum of prompt and pixels
+
+All attention is post-softmax over the whole causal row. Everything is float32 on the model's device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from foveate.adapters.decoder import Rotary, project, scale_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+CHUNK = 1 << 24
+"""Attention entries held at a time."""
+
+
+@dataclass
+class LayerView:
+    """One request at the input of layer k, without padding: n tokens, N of them visual.
+
+    before, layer: layers k-1 and k. entered, rotary: states [n, D] that entered layer k-1, with their cosine and sine.
+    keys, values: [heads, n, d] that its attention saw. hidden: at the input of layer k. visual: [N] places of visual
+    tokens; text: [Q] places of the text after the first of them. given: signals known beforehand.
+    """
+
+    before: nn.Module
+    layer: nn.Module
+    entered: Tensor
+    rotary: Rotary
+    keys: Tensor
+    values: Tensor
+    hidden: Tensor
+    visual: Tensor
+    text: Tensor
+    given: dict[str, Tensor] = field(default_factory=dict)
+
+    def signals(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The signals by name."""
+        return {name: self._signal(name) for name in names}
+
+    def _signal(self, name: str) -> Tensor:
+        if name in self.given:
+            return self.given[name]
+        if name == "hidden":
+            return self.hidden[self.visual].float()
+        if name == "text_hidden":
+            return self.hidden[self.text].float()
+        if name in ("keys", "values"):
+            states = self.keys if name == "keys" else self.values
+            return states[:, self.visual].transpose(0, 1).flatten(1).float()
+        if name in ("next_keys", "next_values"):
+            return self._next(name[5]).index_select(1, self.visual).transpose(0, 1).flatten(1).float()
+        if name == "last_value_attention":
+            values = self.values.float()
+            last, seen = values[:, -1:], values[:, self.visual]
+            groups = self.before.self_attn.config.num_attention_heads // len(values)
+            logits = (last @ seen.transpose(-1, -2))[:, 0] / values.shape[-1] ** 0.5
+            return logits.softmax(dim=-1).repeat_interleave(groups, dim=0)
+        following = name.startswith("next_")
+        rows = name.removeprefix("next_").removesuffix("_attention")
+        if rows == "visual":
+            return self._mean_attention(self.visual, following)
+        places = self.text if rows == "text" else torch.tensor([len(self.hidden) - 1], device=self.hidden.device)
+        found = self._attention(places, following)
+        return found if rows == "text" else found[:, 0]
+
+    def _next(self, kind: str) -> Tensor:
+        return project(self.layer, kind, self.hidden, None if kind == "v" else self.rotary)
+
+    def _attention(self, places: Tensor, following: bool) -> Tensor:
+        """[H, R, N] of these rows over the visual tokens."""
+        layer, states = (self.layer, self.hidden) if following else (self.before, self.entered)
+        cos, sin = self.rotary
+        keys = self._next("k") if following else self.keys
+        query = project(layer, "q", states[places], (cos[places], sin[places])).float()  # [H, R, d]
+        return attention_rows(query, keys.float(), places, scale_of(layer))[..., self.visual]
+
+    def _mean_attention(self, places: Tensor, following: bool) -> Tensor:
+        heads = self.layer.self_attn.config.num_attention_heads
+        size = max(1, CHUNK // (heads * len(self.hidden)))
+        total = sum(self._attention(part, following).sum(dim=1) for part in places.split(size))
+        return total / len(places)
+
+
+def attention_rows(query: Tensor, keys: Tensor, places: Tensor, scale: float) -> Tensor:
+    """Causal post-softmax attention [H, R, n] of queries [H, R, d] at `places` [R] over keys [heads, n, d].
+
+    Query heads may be a multiple of key heads (grouped queries): each key head then serves neighbouring query heads.
+    """
+    heads, count = keys.shape[0], query.shape[1]
+    grouped = query.unflatten(0, (heads, -1)).flatten(1, 2)  # [heads, G * R, d]
+    logits = (grouped @ keys.transpose(-1, -2) * scale).unflatten(1, (-1, count)).flatten(0, 1)
+    future = torch.arange(keys.shape[1], device=keys.device) > places[:, None]
+    return logits.masked_fill(future, float("-inf")).softmax(dim=-1)

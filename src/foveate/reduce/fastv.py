@@ -1,0 +1,49 @@
+"""`fastv`: after a few layers of the language model, keep the visual tokens that the last prompt token attends to.
+
+Source: FastV, ECCV 2024, arXiv 2403.06764 (code read: pkunlp-icler/FastV @ d165972). Score of a visual token: the
+attention that the last prompt token pays it in layer k-1, averaged over heads; tokens leave at the input of layer k and
+keep their positions. The number that stays is rounded half to even. The paper speaks of the attention from all later
+tokens; the code, which this follows, reads the last row only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from foveate.reduce.base import Scorer, Step, layer_index
+
+if TYPE_CHECKING:
+    from foveate.adapters.layout import VisualLayout
+    from foveate.adapters.shape import Shape
+
+
+@dataclass(frozen=True)
+class FastV(Scorer):
+    """Top tokens of the whole request by the last prompt token's attention.
+
+    layer: the first layer that sees fewer tokens; an index (1 or more), or a fraction of the depth. The default is
+    the paper's layer 2 of 32.
+    """
+
+    layer: float | int = 2 / 32
+
+    name: ClassVar[str] = "fastv"
+    sites: ClassVar[tuple[str, ...]] = ("llm",)
+    signals: ClassVar[tuple[str, ...]] = ("last_attention",)
+    scope: ClassVar[str] = "request"
+    position: ClassVar[str] = "keep"
+    summary: ClassVar[str] = "the visual tokens that the prompt's last token attends to in an early layer"
+    space: ClassVar[dict[str, tuple[float, ...]]] = {"keep": (0.75, 0.5, 0.25)}
+
+    def count(self, n: int) -> int:
+        return min(self.keep, n) if isinstance(self.keep, int) else max(1, round(n * self.keep))
+
+    def steps(self, shape: Shape) -> tuple[Step, ...]:
+        layer = layer_index(self.layer, shape.layers, self.name)
+        return (self.step("llm", self.select, layer=layer),)
+
+    def score(self, signals: dict[str, Tensor], layout: VisualLayout) -> Tensor:
+        return signals["last_attention"].mean(dim=0)
