@@ -72,9 +72,8 @@ class Sampling:
 def request_key(inputs: Inputs) -> int:
     """A checksum of a request's prompt and pixels: the same alone, in a batch, and in another process."""
     key = zlib.crc32(inputs.input_ids.numpy().tobytes())
-    for squares in (inputs.views, inputs.frames):
-        if squares is not None:
-            key = zlib.crc32(squares.tobytes(), key)
+    for item in sorted(inputs.media, key=lambda item: item.kind):  # pictures before clips
+        key = zlib.crc32(item.pixels.tobytes(), key)
     return key
 
 

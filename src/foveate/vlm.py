@@ -117,7 +117,7 @@ class VLM:
         if self._stop is None:
             from foveate.data.chat import stop_token_ids
 
-            self._stop = stop_token_ids(self.tokenizer)
+            self._stop = stop_token_ids(self.tokenizer, self.spec)
         return self._stop
 
     # ---- one path from messages to an answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,8 +11,11 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "[PAD]", "<image>", "<vila/video>", "<vila/sentinel>")
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """256 bytes and the special tokens of a Qwen2 chat with media: 263 tokens, one per byte of text."""
+def byte_tokenizer(extra: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """256 bytes and the special tokens of a Qwen2 chat with media: 263 tokens, one per byte of text.
+
+    extra: more special tokens, for the prompts of another family (`foveate.data.families.family_tokens`).
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -23,6 +27,6 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="[PAD]",
-        additional_special_tokens=[t for t in SPECIAL_TOKENS if t not in ("<|im_end|>", "[PAD]")],
+        additional_special_tokens=[t for t in (*SPECIAL_TOKENS, *extra) if t not in ("<|im_end|>", "[PAD]")],
         clean_up_tokenization_spaces=False,
     )

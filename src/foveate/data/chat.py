@@ -2,7 +2,8 @@
 
 Covered: the tokenizer's own chat template (Qwen2's when it has none), media placeholders that text cannot forge, labels
 by the sentinel rule of NVILA, stop tokens, and the cached fast path for many short dialogues about the same media.
-Not covered: how many features a placeholder becomes (that is `foveate.data.plan`).
+Not covered: how many features a placeholder becomes (that is `foveate.data.plan`), and the prompts of the families of
+transformers (`foveate.data.family_chat`).
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
 from foveate.data.sample import Media, as_media
 from foveate.errors import InputError
+
+if TYPE_CHECKING:
+    from foveate.data.plan import MediaPlan
+    from foveate.data.spec import PreprocessSpec
 
 IMAGE_TOKEN = "<image>"
 VIDEO_TOKEN = "<vila/video>"
@@ -36,14 +41,6 @@ QWEN2_TEMPLATE = (
 _READS_CONTENT = re.compile(r"startswith|endswith|split|replace|'[^']*' in |\"[^\"]*\" in |content *[=!]= *['\"]")
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
-_PROBES = (
-    "a b",
-    " a",
-    f"{IMAGE_TOKEN}a b",
-    f"a{IMAGE_TOKEN} b",
-    f" {IMAGE_TOKEN}\n{VIDEO_TOKEN}\n\na",
-    f"A {SENTINEL} ",
-)
 _log = logging.getLogger("foveate")
 _warned: set[str] = set()
 
@@ -119,24 +116,51 @@ class Rest(NamedTuple):
 class ChatCodec:
     """What chat needs of one tokenizer: rendering, encoding, special ids, and the caches. Get it with `codec`."""
 
+    image_token, video_token = IMAGE_TOKEN, VIDEO_TOKEN
+
     def __init__(self, tokenizer: Any) -> None:
+        self._read(tokenizer, (IMAGE_TOKEN, VIDEO_TOKEN, SENTINEL))
+        self.rest = lru_cache(65536)(self._rest)
+        self._form = lru_cache(1024)(self._make_form)
+        self._fixed_form = not _READS_CONTENT.search(self.template)
+        self.sentinel_id = self.ids[SENTINEL]
+
+    def _read(self, tokenizer: Any, tokens: Sequence[str]) -> None:
+        """Take over the tokenizer. tokens: those it must have, the placeholders of a picture and of a clip first."""
         self.template = _template(tokenizer)
         self.vocabulary = len(tokenizer)
         self._tokenizer = ref(tokenizer)  # the codec must not keep its tokenizer alive
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._special, self._cut = _special_tokens(tokenizer)
         self._piece = lru_cache(65536)(self._encode)
-        if self._cut and any(self.encode(text) != self._encode(text) for text in _PROBES):
+        first, last = tokens[0], tokens[-1]
+        probes = ("a b", " a", f"{first}a b", f"a{first} b", f" {first}\n{last}\n\na", f"A {last} ")
+        if self._cut and any(self.encode(text) != self._encode(text) for text in probes):
             self._cut = None  # this tokenizer looks across special tokens
-        self.rest = lru_cache(65536)(self._rest)
-        self._form = lru_cache(1024)(self._make_form)
-        self._fixed_form = not _READS_CONTENT.search(self.template)
         unknown = getattr(tokenizer, "unk_token_id", None)
-        ids = {t: tokenizer.convert_tokens_to_ids(t) for t in (IMAGE_TOKEN, VIDEO_TOKEN, SENTINEL)}
-        missing = [t for t, i in ids.items() if i is None or i == unknown]
+        self.ids = {t: tokenizer.convert_tokens_to_ids(t) for t in tokens}
+        missing = [t for t, i in self.ids.items() if i is None or i == unknown]
         if missing:
             raise InputError(f"the tokenizer lacks {', '.join(missing)}; add them as special tokens, resize the model")
-        self.image_id, self.video_id, self.sentinel_id = ids.values()
+        self.image_id = self.ids[self.image_token]
+        self.video_id = self.ids.get(self.video_token, self.image_id)
+
+    def dialogue(
+        self, turns: Sequence[Turn], media: Sequence[MediaPlan], generate: bool
+    ) -> tuple[tuple[int, ...], list[int] | None, tuple[MediaPlan, ...]]:
+        """(ids, labels, media) of a dialogue: placeholders not expanded yet, media in the order of their placeholders.
+
+        generate: open the assistant's turn. A dialogue that ends with an answer has labels instead.
+        """
+        roles, texts = flatten(turns, [item.marker for item in media])
+        trained = roles[-1] == "assistant"
+        ids = self.encode(self.render(roles, texts, generate and not trained))
+        return ids, self.labels(ids, roles, texts) if trained else None, tuple(media)
+
+    def stops(self) -> list[int]:
+        """Ids of the tokens that follow answers in the chat template."""
+        form = self.encode(self.render(("user", "assistant") * 5, ["x", SENTINEL] * 5))
+        return list(dict.fromkeys(after for token, after in pairwise(form) if token == self.sentinel_id))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a text, nothing added. Cut at the special tokens, so that pieces seen before are not encoded again."""
@@ -219,14 +243,22 @@ def _template(tokenizer: Any) -> str:
     return template
 
 
-_codecs: WeakKeyDictionary[Any, ChatCodec] = WeakKeyDictionary()
+_codecs: WeakKeyDictionary[Any, dict[Any, ChatCodec]] = WeakKeyDictionary()
 
 
-def codec(tokenizer: Any) -> ChatCodec:
-    """The `ChatCodec` of a tokenizer, made once, and again when its template or vocabulary has changed."""
-    found = _codecs.get(tokenizer)
+def codec(tokenizer: Any, spec: PreprocessSpec | None = None) -> ChatCodec:
+    """The codec of a tokenizer for the family of `spec`, made once; again when its template or vocabulary changed."""
+    family = (spec.family, spec.image_token, spec.video_token) if spec is not None and spec.family else None
+    known = _codecs.setdefault(tokenizer, {})
+    found = known.get(family)
     if found is None or found.template != _template(tokenizer) or found.vocabulary != len(tokenizer):
-        found = _codecs[tokenizer] = ChatCodec(tokenizer)
+        if family is None:
+            found = ChatCodec(tokenizer)
+        else:
+            from foveate.data.family_chat import FamilyCodec
+
+            found = FamilyCodec(tokenizer, spec)  # type: ignore[arg-type]
+        known[family] = found
     return found
 
 
@@ -297,13 +329,7 @@ def media_of(turns: Sequence[Turn]) -> list[Media]:
     return [part for turn in turns for part in turn.parts if not isinstance(part, str)]
 
 
-def stop_token_ids(tokenizer: Any) -> list[int]:
+def stop_token_ids(tokenizer: Any, spec: PreprocessSpec | None = None) -> list[int]:
     """Ids that end an answer: the tokenizer's end of sequence, and what follows answers in its chat template."""
-    chat = codec(tokenizer)
     eos = getattr(tokenizer, "eos_token_id", None)
-    stops = [eos] if eos is not None else []
-    form = chat.encode(chat.render(("user", "assistant") * 5, ["x", SENTINEL] * 5))
-    for token, after in pairwise(form):
-        if token == chat.sentinel_id and after not in stops:
-            stops.append(after)
-    return stops
+    return list(dict.fromkeys(([eos] if eos is not None else []) + codec(tokenizer, spec).stops()))

@@ -1,12 +1,13 @@
 """A plan to the model's inputs: the only place where pixels are cut, resized and normalised.
 
 Exact: pixels equal the official NVILA code bit for bit (PIL bicubic resize to whole tiles, cuts, x * (1 / 255), then
-(x - mean) / std in float32). Views stay uint8 until the model asks for `pixel_values`: one table look-up.
+(x - mean) / std in float32), and those of the families of transformers their PIL processors. Views stay uint8 until the
+model asks for floats: one table look-up. Putting patches into rows is the model's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from foveate.data.fit import Canvas
 from foveate.data.images import load_image
 from foveate.data.plan import MediaPlan, Plan
 from foveate.data.spec import PreprocessSpec
@@ -25,10 +27,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
+class MediaPixels:
+    """The pixels of one picture or clip.
+
+    pixels: [n, 3, h, w] uint8, its views or frames in the order of the tower. grid: (n or temporal units, rows, cols)
+    of the tower's patches. size: (width, height) of the source.
+    """
+
+    kind: str
+    pixels: np.ndarray
+    grid: tuple[int, int, int]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
 class Inputs:
     """What the model takes. B requests; n image views, f frames and S = tile_size over all of them, in order.
 
-    input_ids, attention_mask: [B, L] int64. labels: [B, L] int64 or None. views: [n, 3, S, S] uint8 or None.
+    input_ids, attention_mask: [B, L] int64. labels: [B, L] int64 or None. media: every picture and clip, in the order
+    of `Plan.media`. The others are NVILA's form of the same pixels: views: [n, 3, S, S] uint8 or None.
     image_grids: [placeholder blocks of pictures, 2] int64: (rows, cols) of tiles of the joined S2 map, (0, 0) for one
     plain square; in mode "dynamic" each tile is such a block. frames: [f, 3, S, S] uint8 or None.
     video_frames: [clips] int64, frames of each clip.
@@ -42,6 +59,7 @@ class Inputs:
     frames: np.ndarray | None
     video_frames: torch.Tensor | None
     spec: PreprocessSpec
+    media: tuple[MediaPixels, ...] = ()
 
     @property
     def pixel_values(self) -> torch.Tensor | None:
@@ -77,7 +95,15 @@ def execute(plan: Plan) -> Inputs:
     """The inputs of one request. Raises InputError when a file is damaged or has changed since it was planned."""
     import torch
 
-    views, grids, frames, clips = cut_views(plan.media, plan.spec)
+    views: np.ndarray | None = None
+    frames: np.ndarray | None = None
+    grids: list[tuple[int, int]] = []
+    clips: list[int] = []
+    if plan.spec.family:
+        media = tuple(cut_media(item, plan.spec) for item in plan.media)
+    else:
+        views, grids, frames, clips = cut_views(plan.media, plan.spec)
+        media = tuple(_slices(plan.media, plan.spec, views, frames))
     ids = torch.from_numpy(plan.input_ids.copy())[None]
     return Inputs(
         input_ids=ids,
@@ -88,7 +114,75 @@ def execute(plan: Plan) -> Inputs:
         frames=frames,
         video_frames=torch.tensor(clips, dtype=torch.int64) if clips else None,
         spec=plan.spec,
+        media=media,
     )
+
+
+def _slices(
+    media: Sequence[MediaPlan], spec: PreprocessSpec, views: np.ndarray | None, frames: np.ndarray | None
+) -> Iterator[MediaPixels]:
+    """The items of `cut_views` one by one, without a copy."""
+    stacks, at = {"image": views, "video": frames}, {"image": 0, "video": 0}
+    for item in media:
+        count = len(item.frames) if item.kind == "video" else len(item.views)
+        pixels = stacks[item.kind][at[item.kind] : at[item.kind] + count]  # type: ignore[index]
+        at[item.kind] += count
+        yield MediaPixels(item.kind, pixels, (count, spec.side, spec.side), item.size)
+
+
+def cut_media(item: MediaPlan, spec: PreprocessSpec) -> MediaPixels:
+    """The pixels of one picture or clip for a family of transformers; needs no torch. Raises as `execute`."""
+    width, height = item.view_size
+    pixels = np.empty((len(item.views), 3, height, width), np.uint8)
+    if item.kind == "image":
+        image = load_image(item.source, spec)
+        if image.size != item.size:
+            raise InputError(f"{item.name}: {_by(image.size)} pixels, but it was planned as {_by(item.size)}")
+        _lay(image, item.canvases, spec, pixels)
+    else:
+
+        def cut(image: Image.Image) -> np.ndarray:
+            out = np.empty((1, 3, height, width), np.uint8)
+            _lay(image, item.canvases, spec, out)
+            return out[0]
+
+        for number, frame in enumerate(decode_frames(item.source, item.frames, item.info, spec, cut)):
+            pixels[number] = frame
+    units = len(item.views) // (spec.temporal_patch if item.kind == "video" else 1)
+    return MediaPixels(item.kind, pixels, (units, height // spec.patch_size, width // spec.patch_size), item.size)
+
+
+def _lay(image: Image.Image, canvases: Sequence[Canvas], spec: PreprocessSpec, out: np.ndarray) -> None:
+    """Fill out [n, 3, h, w] uint8 with the views of each canvas, in raster order."""
+    height, width = out.shape[2:]
+    resample = Image.Resampling[spec.filter.upper()]
+    done: dict[tuple[Any, ...], Image.Image] = {}
+    at = 0
+    for canvas in canvases:
+        laid = _square_of(image, spec) if canvas.square else image
+        for step, size in enumerate(canvas.resizes):
+            key = (canvas.square, canvas.resizes[: step + 1])
+            if key not in done:
+                done[key] = laid if laid.size == size else laid.resize(size, resample)
+            laid = done[key]
+        pixels = np.asarray(laid)
+        if canvas.size != laid.size or canvas.place != (0, 0):
+            pixels = _placed(pixels, canvas)
+        rows, cols = canvas.size[1] // height, canvas.size[0] // width
+        tiles = pixels.reshape(rows, height, cols, width, 3).transpose(0, 2, 4, 1, 3)
+        out[at : at + rows * cols].reshape(rows, cols, 3, height, width)[:] = tiles
+        at += rows * cols
+
+
+def _placed(pixels: np.ndarray, canvas: Canvas) -> np.ndarray:
+    """[h, w, 3] uint8: black with the picture at its place; what lies outside is cut off."""
+    (width, height), (x, y) = canvas.size, canvas.place
+    out = np.zeros((height, width, 3), np.uint8)
+    rows, cols = min(pixels.shape[0] + min(y, 0), height), min(pixels.shape[1] + min(x, 0), width)
+    top, left = max(y, 0), max(x, 0)
+    part = pixels[max(-y, 0) :, max(-x, 0) :][: min(rows, height - top), : min(cols, width - left)]
+    out[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return out
 
 
 def cut_views(
@@ -135,12 +229,19 @@ def _cut(image: Image.Image, resizes: Sequence[tuple[int, int]], spec: Preproces
 
 def _square(image: Image.Image, spec: PreprocessSpec) -> np.ndarray:
     """[3, S, S] uint8: the whole picture squashed to one square, or letterboxed in mode "pad"."""
-    if spec.mode == "pad" and image.width != image.height:
-        long = max(image.size)
-        square = Image.new("RGB", (long, long), tuple(int(m * 255) for m in spec.mean))
-        square.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
-        image = square
+    if spec.mode == "pad":
+        image = _square_of(image, spec)
     return _pixels(image, spec.tile_size, spec.tile_size).transpose(2, 0, 1)
+
+
+def _square_of(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
+    """The picture in the middle of a square of its longer side, in the mean colour."""
+    if image.width == image.height:
+        return image
+    long = max(image.size)
+    square = Image.new("RGB", (long, long), tuple(int(m * 255) for m in spec.mean))
+    square.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
+    return square
 
 
 def _pixels(image: Image.Image, width: int, height: int) -> np.ndarray:
@@ -198,6 +299,7 @@ def collate(batch: Sequence[Inputs], pad_id: int, side: str = "left") -> Inputs:
         frames=join([item.frames for item in batch], np.concatenate),
         video_frames=join([item.video_frames for item in batch], torch.cat),
         spec=batch[0].spec,
+        media=tuple(pixels for item in batch for pixels in item.media),
     )
 
 

@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from foveate.data.chat import IGNORE, IMAGE_TOKEN, VIDEO_TOKEN, ChatCodec, codec, flatten, media_of, parse_messages
+from foveate.data.chat import IGNORE, IMAGE_TOKEN, VIDEO_TOKEN, ChatCodec, codec, media_of, parse_messages
+from foveate.data.families import RATE, image_text, pick_frames, video_text
+from foveate.data.fit import Canvas, Fit, fit_clip, fit_image
 from foveate.data.images import image_size
 from foveate.data.sample import ImageSource, Media, Sample, VideoSource
 from foveate.data.spec import PreprocessSpec
-from foveate.data.tiling import View, image_layout
+from foveate.data.tiling import Level, View, image_layout
 from foveate.data.video import VideoInfo, probe_video, sample_frames
 from foveate.errors import BudgetError, InputError
 
@@ -35,15 +37,6 @@ class Span(NamedTuple):
     media: int = -1
 
 
-class Level(NamedTuple):
-    """Tokens of one pooling level of a clip (or of a picture): units x rows x cols, frames pooled per unit."""
-
-    units: int
-    rows: int
-    cols: int
-    frames: int = 1
-
-
 @dataclass(frozen=True, eq=False)
 class MediaPlan:
     """What one picture or clip becomes.
@@ -55,6 +48,8 @@ class MediaPlan:
     the number of tiles in mode "dynamic", the number of pooled groups of a clip (first level; all are in `levels`).
     num_tokens: features and the end tokens. marker: the text that stands for it before expansion. blocks: how many
     placeholders the marker holds (mode "dynamic": one for each tile, each a picture of its own to the model).
+    Families of transformers only: canvases, view_size, kept: as `foveate.data.fit.Fit` has them. runs: visual tokens of
+    each placeholder. seconds_per_unit: seconds between two units of a clip (the mean rate of the sampled frames).
     """
 
     kind: str
@@ -72,10 +67,15 @@ class MediaPlan:
     blocks: int
     source: Media = field(repr=False)
     info: VideoInfo | None = field(default=None, repr=False)
+    canvases: tuple[Canvas, ...] = ()
+    view_size: tuple[int, int] = (0, 0)
+    kept: tuple[int, int, int, int] | None = None
+    runs: tuple[int, ...] = ()
+    seconds_per_unit: float = 0.0
 
     @property
     def num_features(self) -> int:
-        """Placeholder positions, without end tokens."""
+        """Placeholder positions that are features, without end tokens and separators."""
         return sum(level.units * level.rows * level.cols for level in self.levels)
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,14 +172,10 @@ def plan(
     A dialogue that ends with an assistant message is a training dialogue: it gets labels and no generation prompt.
     Raises InputError for messages or media that cannot be used, BudgetError above `max_context` tokens.
     """
-    chat = codec(tokenizer)
+    chat = codec(tokenizer, spec)
     turns = parse_messages(messages)
     media = plan_media(media_of(turns), spec, chat, num_frames)
-    roles, texts = flatten(turns, [item.marker for item in media])
-    trained = roles[-1] == "assistant"
-    ids = chat.encode(chat.render(roles, texts, add_generation_prompt and not trained))
-    labels = chat.labels(ids, roles, texts) if trained else None
-    made = _expand(ids, labels, media, spec, chat)
+    made = _expand(*chat.dialogue(turns, media, add_generation_prompt), spec, chat)
     _check_context(made, made.num_tokens, max_context)
     return made
 
@@ -196,7 +192,7 @@ def plan_sample(
 
     Raises as `plan`; `max_context` holds for the prefix with the longest branch.
     """
-    chat = codec(tokenizer)
+    chat = codec(tokenizer, spec)
     if sample.turns is not None:
         whole = plan(sample.messages(), spec, tokenizer, num_frames=num_frames, max_context=max_context)
         labels = whole.labels if whole.labels is not None else np.full(whole.num_tokens, IGNORE, np.int64)
@@ -216,8 +212,10 @@ def encode_branches(
     media: the plans of `sample.media`, or a `Plan` that holds them. prefix + branch equals the plan of that branch
     alone; where the chat template does not allow that, the branches are whole and the prefix has no ids.
     """
-    chat = codec(tokenizer)
+    chat = codec(tokenizer, spec)
     items = tuple(media.media if isinstance(media, Plan) else media)
+    if spec.family:
+        return _family_branches(sample, items, chat, spec)
     marker = "".join(item.marker for item in items)
     cut = max(marker.rfind(IMAGE_TOKEN), marker.rfind(VIDEO_TOKEN), 0)
     rests = [chat.rest(marker[cut:], tuple(branch)) for branch in sample.branches]
@@ -255,11 +253,23 @@ def _whole_branches(
     return SamplePlan(empty, tuple(branches))
 
 
+def _family_branches(sample: Sample, media: tuple[MediaPlan, ...], chat: ChatCodec, spec: PreprocessSpec) -> SamplePlan:
+    """Branches that hold all their ids: templates of the families are rendered anew for each dialogue."""
+    branches, order = [], media
+    for i in range(len(sample.branches)):
+        whole = _expand(*chat.dialogue(parse_messages(sample.messages(i)), media, False), spec, chat)
+        branches.append((whole.input_ids, whole.labels))
+        order = whole.media
+    return SamplePlan(Plan(np.zeros(0, np.int64), np.zeros(0, np.int64), order, (), spec), tuple(branches))
+
+
 def plan_media(
     sources: Sequence[Media], spec: PreprocessSpec, chat: ChatCodec, num_frames: int | None = None
 ) -> tuple[MediaPlan, ...]:
-    """Plans of media in order. A single picture is tiled (by `spec.mode`); several are one square each."""
+    """Plans of media in order. NVILA tiles a single picture (by `spec.mode`); several are one square each."""
     tiled = sum(source.kind == "image" for source in sources) == 1
+    if spec.family:
+        return tuple(_plan_family(source, spec, tiled, num_frames) for source in sources)
     ends = len(chat.encode(spec.image_end)), len(chat.encode(spec.video_sep))
     made = []
     for source in sources:
@@ -292,6 +302,60 @@ def _image_form(width: int, height: int, spec: PreprocessSpec, tiled: bool, end:
         marker=f"{IMAGE_TOKEN}\n" * units if per_tile else IMAGE_TOKEN,
         blocks=units,
         source=None,  # type: ignore[arg-type]
+    )
+
+
+def _plan_family(source: Media, spec: PreprocessSpec, alone: bool, num_frames: int | None) -> MediaPlan:
+    """The plan of a picture or clip for a family of transformers."""
+    if isinstance(source, ImageSource):
+        size = image_size(source, spec)
+        fit = fit_image(*size, spec, alone)
+        return _family_media(source, size, fit, fit.views, *image_text(spec, fit))
+    if num_frames is not None and num_frames < 1:
+        raise InputError(f"{source.name}: num_frames is {num_frames}; it must be 1 or more")
+    info = probe_video(source, spec)
+    frames = pick_frames(info, spec, num_frames, source.name)
+    distinct = len(frames) - (len(frames) > 1 and frames[-1] == frames[-2])
+    fit = fit_clip(*info.size, distinct, spec)
+    rate = distinct / info.num_frames * info.fps if info.fps else RATE
+    item = _family_media(
+        source,
+        info.size,
+        fit,
+        tuple(view._replace(frame=i) for i in range(len(frames)) for view in fit.views),
+        *video_text(spec, fit, frames, info),
+    )
+    return replace(
+        item,
+        frames=frames,
+        times=tuple(info.time(i) for i in frames) if info.fps else (),
+        info=info,
+        seconds_per_unit=spec.temporal_patch / rate,
+    )
+
+
+def _family_media(
+    source: Media, size: tuple[int, int], fit: Fit, views: tuple[View, ...], marker: str, runs: tuple[int, ...]
+) -> MediaPlan:
+    return MediaPlan(
+        kind=source.kind,
+        name=source.name,
+        size=size,
+        views=views,
+        resizes=(),
+        block=None,
+        frames=(),
+        times=(),
+        grid=tuple(fit.levels[-1][:3]),
+        levels=fit.levels,
+        num_tokens=fit.num_tokens,
+        marker=marker,
+        blocks=len(runs),
+        source=source,
+        canvases=fit.canvases,
+        view_size=fit.view,
+        kept=fit.kept,
+        runs=runs,
     )
 
 
@@ -333,7 +397,7 @@ def _expand(
 ) -> Plan:
     """The plan with each placeholder in `ids` replaced by its run of placeholders and end tokens."""
     end, sep = chat.encode(spec.image_end), chat.encode(spec.video_sep)
-    owners = [(i, item) for i, item in enumerate(media) for _ in range(item.blocks)]
+    owners = [(i, item, block) for i, item in enumerate(media) for block in range(item.blocks)]
     at = [k for k, token in enumerate(ids) if chat.is_media(token)]
     if len(at) != len(owners):  # text cannot do this; a template that repeats or drops messages can
         raise InputError(f"the chat template made {len(at)} media placeholders of {len(owners)}; use a plain template")
@@ -341,12 +405,15 @@ def _expand(
     out_labels: list[int] = []
     spans: list[Span] = []
     previous = 0
-    for k, (i, item) in zip(at, owners):
+    for k, (i, item, number) in zip(at, owners):
         if k > previous:
             spans.append(Span("text", len(out), k - previous))
             out += ids[previous:k]
-        token = chat.image_id if item.kind == "image" else chat.video_id
-        block = _block_ids(item.levels, item.blocks, token, end, sep if item.kind == "video" else ())
+        if item.runs:
+            block = tuple(ids[k : k + 1]) * item.runs[number]
+        else:
+            token = chat.image_id if item.kind == "image" else chat.video_id
+            block = _block_ids(item.levels, item.blocks, token, end, sep if item.kind == "video" else ())
         spans.append(Span(item.kind, len(out), len(block), i))
         if labels is not None:
             out_labels += labels[previous:k]

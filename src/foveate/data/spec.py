@@ -14,16 +14,31 @@ from typing import Any
 
 from foveate.errors import CheckpointError, InputError
 
-MODES = ("dynamic_s2", "dynamic", "resize", "pad")
+MODES = ("dynamic_s2", "dynamic", "resize", "pad", "crop", "anyres", "native", "split")
+FAMILIES = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+    "idefics3",
+    "smolvlm",
+)
+"""Model types of transformers whose prompts and frame rules are known (`foveate.data.families`)."""
+FILTERS = ("bicubic", "lanczos", "bilinear", "nearest", "box", "hamming")
 
 
 @dataclass(frozen=True)
 class PreprocessSpec:
-    """How media become views of `tile_size` pixels and how many tokens each view costs (NVILA, arXiv 2412.04468).
+    """How media become views of `tile_size` pixels and how many tokens each view costs.
 
-    mode: "dynamic_s2" (NVILA: every scale tiled, features of all scales joined), "dynamic" (Lite: tiles and a
-    thumbnail), "resize" (one squashed square) or "pad" (one letterboxed square). Used for a single image; several
-    images in one prompt, and video frames, are always one square each, as in the official code.
+    mode: "dynamic_s2" (NVILA, arXiv 2412.04468: every scale tiled, features of all scales joined), "dynamic" (Lite,
+    InternVL: tiles and a thumbnail), "resize" (one squashed square), "pad" (one letterboxed square), "crop" (shortest
+    side to `edge`, centre cut out), "anyres" (LLaVA-NeXT: a base view and padded tiles), "native" (Qwen: one view of
+    the picture's own shape) or "split" (Idefics3: longest side to `edge`, tiles and the whole). NVILA tiles a single
+    image only; several images in one prompt, and video frames, are one square each, as in the official code.
     """
 
     mode: str = "dynamic_s2"
@@ -56,14 +71,53 @@ class PreprocessSpec:
     """Largest picture accepted (width x height), against decompression bombs."""
     max_aspect: float = 200.0
     """Largest ratio of the longer to the shorter side accepted."""
+    family: str = ""
+    """Model type of transformers whose prompt text and frame sampling are followed; empty: NVILA."""
+    image_token: str = ""
+    """Text of the token that stands for one visual token (families of transformers)."""
+    video_token: str = ""
+    """Text of the token that the chat template writes for a clip; empty: the model takes no clips."""
+    edge: int = 0
+    """Pixels that the shortest ("crop") or longest ("split") side is resized to first."""
+    video_edge: int = 0
+    """The same for frames of a clip, in mode "split"."""
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    """(height, width) of the canvases that mode "anyres" chooses from."""
+    max_anyres: int = 0
+    """Mode "anyres": maps of more than about this many tiles are resized to this many tiles; 0: never."""
+    min_area: int = 0
+    """Mode "native": fewest pixels of a picture."""
+    max_area: int = 0
+    """Mode "native": most pixels of a picture."""
+    video_min_area: int = 0
+    """Mode "native": fewest pixels of a frame (qwen3_vl: of all frames together)."""
+    video_max_area: int = 0
+    """Mode "native": most pixels of a frame (qwen3_vl: of all frames together)."""
+    video_tokens: int = 0
+    """Mode "native": the `max_video_tokens` of transformers where its per-frame cap is on; 0: no such cap."""
+    temporal_patch: int = 1
+    """Frames that the tower joins into one."""
+    min_frames: int = 1
+    """Fewest frames taken when `fps` decides, if the clip has them."""
+    filter: str = "bicubic"
+    """Resampling filter of Pillow."""
 
     def __post_init__(self) -> None:
         for name in ("scales", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        object.__setattr__(self, "video_pool", tuple(tuple(level) for level in self.video_pool))
+        for name in ("video_pool", "pinpoints"):
+            object.__setattr__(self, name, tuple(tuple(level) for level in getattr(self, name)))
         if self.mode not in MODES:
             raise InputError(f"preprocess mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
-        if self.tile_size % self.patch_size:
+        if self.family not in ("", *FAMILIES):
+            raise InputError(f"preprocess family is {self.family!r}; it must be one of {', '.join(FAMILIES)}")
+        if self.filter not in FILTERS:
+            raise InputError(f"resampling filter is {self.filter!r}; it must be one of {', '.join(FILTERS)}")
+        if not self.family and self.mode in ("crop", "anyres", "native", "split"):
+            raise InputError(f"preprocess mode {self.mode!r} needs a family, one of {', '.join(FAMILIES)}")
+        if self.family:
+            self._check_family()
+        elif self.tile_size % self.patch_size:
             raise InputError(f"tile_size {self.tile_size} is not a multiple of patch_size {self.patch_size}")
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise InputError(f"min_tiles {self.min_tiles} and max_tiles {self.max_tiles}: need 1 <= min <= max")
@@ -81,6 +135,23 @@ class PreprocessSpec:
             if (self.scales[-1] // self.scales[0]) ** 2 > self.max_tiles:
                 raise InputError(f"max_tiles {self.max_tiles} is less than the square of the last scale")
 
+    def _check_family(self) -> None:
+        if not self.image_token:
+            raise InputError(f"family {self.family!r} needs image_token, the text of its placeholder token")
+        if self.mode in ("crop", "split") and self.edge < 1:
+            raise InputError(f"mode {self.mode!r} needs edge, the pixels of the side that is resized first")
+        if self.mode == "anyres":
+            if not self.pinpoints:
+                raise InputError("mode 'anyres' needs pinpoints, the canvases (height, width) to choose from")
+            if bad := [p for p in self.pinpoints if len(p) != 2 or min(p) < 1 or any(x % self.tile_size for x in p)]:
+                raise InputError(f"canvas {bad[0]} is not a whole number of tiles of {self.tile_size} px (tile_size)")
+        if self.mode == "native" and not 0 < self.min_area <= self.max_area:
+            raise InputError(f"min_area {self.min_area} and max_area {self.max_area}: need 0 < min <= max")
+        if self.temporal_patch < 1 or self.min_frames < 1:
+            raise InputError(
+                f"temporal_patch {self.temporal_patch}, min_frames {self.min_frames}: need numbers above 0"
+            )
+
     @property
     def side(self) -> int:
         """Patches along one side of a view."""
@@ -92,8 +163,9 @@ class PreprocessSpec:
         return -(-self.side // self.downsample)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """Plain JSON types. Fields of the families are left out while unset, so older specs keep their hash."""
+        data = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {k: v for k, v in data.items() if k not in _UNSET or v != _UNSET[k]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> PreprocessSpec:
@@ -115,3 +187,11 @@ class PreprocessSpec:
         """First 16 hex digits of the SHA-256 of the canonical JSON form."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_NAMES = [field.name for field in dataclasses.fields(PreprocessSpec)]
+_UNSET = {
+    field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+    for field in dataclasses.fields(PreprocessSpec)[_NAMES.index("family") :]
+}
+"""JSON values of the fields that `to_dict` leaves out."""

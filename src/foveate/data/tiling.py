@@ -16,8 +16,8 @@ from foveate.data.spec import PreprocessSpec
 class View(NamedTuple):
     """One square that the tower sees. box = (x0, y0, x1, y1) in pixels of the source (may leave it in mode "pad").
 
-    scale: index of the S2 scale; in mode "dynamic" 0 = the thumbnail, 1 = a tile. row, column: place in that scale's
-    grid of tiles. frame: position among the sampled frames of a clip, 0 for a picture.
+    scale: index of the S2 scale; in other modes 0 = the whole picture (thumbnail, base), 1 = a tile. row, column: place
+    in that scale's grid of tiles. frame: position among the sampled frames of a clip, 0 for a picture.
     """
 
     box: tuple[float, float, float, float]
@@ -25,6 +25,15 @@ class View(NamedTuple):
     row: int = 0
     col: int = 0
     frame: int = 0
+
+
+class Level(NamedTuple):
+    """Tokens of one part of a picture or one pooling level of a clip: units x rows x cols, frames joined per unit."""
+
+    units: int
+    rows: int
+    cols: int
+    frames: int = 1
 
 
 @dataclass(frozen=True)
