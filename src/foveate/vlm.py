@@ -243,7 +243,7 @@ class VLM:
         if wrong := [name for name in changes if name not in known]:
             raise InputError(f"the preprocessing spec has no field {wrong[0]!r}; known: {', '.join(known)}")
         spec = replace(self.spec, **changes)
-        return VLM(type(self.adapter)(self.model, self.tokenizer, spec), self.name, self.recipe)
+        return VLM(self.adapter.with_spec(spec), self.name, self.recipe)
 
     # ---- methods
 
@@ -323,21 +323,20 @@ def _find(path: str | Path) -> Path:
 
     The text "nano" is the embedded model even where a folder of that name lies around; "./nano" is the folder.
     """
-    from foveate.nvila.presets import PRESETS
-
     name, folder = str(path), Path(path).expanduser()
     embedded = path == "nano" and (EMBEDDED / "config.json").is_file()
     if embedded or folder.is_dir():
         return EMBEDDED if embedded else folder
     if name == "nano":
         raise CheckpointError("nano's weights are not in this installation; make them with: foveate train nano")
-    if name in PRESETS:
+    presets = _presets()
+    if name in presets:
         raise CheckpointError(
             f"{name!r} is an architecture without weights; give the folder of its checkpoint, or random_weights=True"
         )
     if folder.exists() or len(folder.parts) > 1 or name.startswith((".", "~")):
         raise CheckpointError(f"{name} is not a folder; give the folder of a checkpoint, or the name nano")
-    raise UnknownNameError(f"unknown model {name!r}{nearest(name, PRESETS.names())}; or give a checkpoint's folder")
+    raise UnknownNameError(f"unknown model {name!r}{nearest(name, presets)}; or give a checkpoint's folder")
 
 
 def _family(folder: Path) -> type[Adapter]:
@@ -356,18 +355,30 @@ def _family(folder: Path) -> type[Adapter]:
     return ADAPTERS.get(kind)
 
 
+def _presets() -> dict[str, Any]:
+    """Named sizes of all families."""
+    from foveate.adapters.presets import PRESETS as OTHERS
+    from foveate.nvila.presets import PRESETS
+
+    return {name: registry.get(name) for registry in (PRESETS, OTHERS) for name in registry}
+
+
 def _random(name: str, dtype: str | torch.dtype, device: torch.device, attn: str | None) -> Adapter:
+    from foveate.adapters import presets
     from foveate.adapters.nvila import NvilaAdapter
     from foveate.adapters.vocabulary import byte_tokenizer
     from foveate.nvila.checkpoint import media_token_ids
-    from foveate.nvila.presets import PRESETS, build
+    from foveate.nvila.presets import build
 
-    if name not in PRESETS:
-        raise UnknownNameError(f"unknown preset {name!r}{nearest(name, PRESETS.names())}")
+    known = _presets()
+    if name not in known:
+        raise UnknownNameError(f"unknown preset {name!r}{nearest(name, known)}")
+    wanted = torch.bfloat16 if dtype == "auto" else _dtype(dtype)
+    # a preset keeps its own vocabulary size, so that measured costs are those of the published shape
+    if isinstance(known[name], presets.HfPreset):
+        return presets.build(known[name], wanted, device, attn=attn)
     tokenizer = byte_tokenizer()
     image, video = media_token_ids(tokenizer)
-    wanted = torch.bfloat16 if dtype == "auto" else _dtype(dtype)
-    # the preset keeps its own vocabulary size, so that measured costs are those of the published shape
     model = build(name, wanted, device, attn=attn, image_token_id=image, video_token_id=video)
     return NvilaAdapter(model, tokenizer, model.spec)
 

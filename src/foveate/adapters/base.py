@@ -88,6 +88,10 @@ class Adapter(ABC):
     def with_model(self, model: nn.Module) -> Adapter:
         """The same family around another model of the same shape."""
 
+    def with_spec(self, spec: PreprocessSpec) -> Adapter:
+        """The same model with another preprocessing."""
+        return type(self)(self.model, self.tokenizer, spec)
+
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
         """The model's parts under their common names: "vision_tower", "mm_projector", "llm"."""

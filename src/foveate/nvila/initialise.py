@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from foveate.nvila.configuration import NvilaConfig
 from foveate.nvila.modeling import NvilaForConditionalGeneration
@@ -14,23 +16,31 @@ _RESIDUAL_OUTPUTS = ("out_proj", "fc2", "o_proj", "down_proj")
 
 
 def empty_model(config: NvilaConfig, attn: str | None = None) -> NvilaForConditionalGeneration:
+    """An NVILA model whose parameters hold no memory ("meta"); see `empty`."""
+    return empty(NvilaForConditionalGeneration, config, attn)
+
+
+def empty(architecture: type[PreTrainedModel], config: Any, attn: str | None = None) -> Any:
     """A model whose parameters hold no memory ("meta") and whose buffers are real, ready for assigned weights.
 
-    attn: attention backend of transformers ("sdpa", "eager", ...); None keeps the default, SDPA.
+    architecture: a class of transformers. attn: attention backend of transformers ("sdpa", "eager", ...); None keeps
+    the default, SDPA.
     """
     with torch.device("meta"):
-        model = NvilaForConditionalGeneration._from_config(config, attn_implementation=attn)
-    # buffers that no checkpoint stores: on meta they were never computed
-    rotary = model.llm.model.rotary_emb
-    model.llm.model.rotary_emb = type(rotary)(config=config.text_config)
-    embeddings = model.vision_tower.embeddings
-    embeddings.position_ids = torch.arange(embeddings.num_positions).expand(1, -1)
+        model = architecture._from_config(config, attn_implementation=attn)
+    for module in model.modules():  # buffers that no checkpoint stores: on meta they were never computed
+        names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        if names == ["position_ids"]:
+            module.position_ids = torch.arange(module.num_positions).expand(1, -1)
+        elif names:
+            fresh = type(module)(config=module.config)  # rotary embeddings
+            for name in names:
+                setattr(module, name, getattr(fresh, name))
     left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not left, f"buffers without values: {left}"
     return model.eval()
 
 
-@torch.no_grad()
 def random_model(
     config: NvilaConfig,
     dtype: torch.dtype = torch.float32,
@@ -38,8 +48,13 @@ def random_model(
     seed: int = 0,
     attn: str | None = None,
 ) -> NvilaForConditionalGeneration:
-    """A model of random weights (normal, std 0.02; norms 1, biases 0), allocated once in `dtype` on `device`."""
-    model = empty_model(config, attn)
+    """An NVILA model of random weights; see `randomise`."""
+    return randomise(empty_model(config, attn), dtype, device, seed)
+
+
+@torch.no_grad()
+def randomise(model: Any, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Any:
+    """The empty `model` with random weights (normal, std 0.02; norms 1, biases 0), allocated once in `dtype`."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():

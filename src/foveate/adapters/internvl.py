@@ -1,0 +1,64 @@
+"""InternVL 2.5 and 3 (arXiv 2412.05271): InternViT tiles and a thumbnail, 2 x 2 patches joined by pixel shuffle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from foveate.adapters.tower import Attention
+from foveate.adapters.views import ViewsAdapter
+from foveate.errors import CheckpointError
+
+
+class InternVLAdapter(ViewsAdapter):
+    """InternVLForConditionalGeneration."""
+
+    family = "internvl"
+    architecture = "InternVLForConditionalGeneration"
+
+    @classmethod
+    def check_config(cls, config: Any) -> None:
+        if not isinstance(config.vision_feature_layer, int) or config.vision_feature_select_strategy != "default":
+            raise CheckpointError(
+                f"vision_feature_layer {config.vision_feature_layer} with vision_feature_select_strategy "
+                f"{config.vision_feature_select_strategy!r} is not supported; InternVL has -1 and 'default'"
+            )
+
+    @property
+    def has_cls(self) -> bool:
+        return True
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return self.tower.encoder.layer[: self.num_blocks]
+
+    def attention_of(self, block: nn.Module) -> Attention:
+        attention: Any = block.attention
+        return Attention(
+            attention.q_norm if _normed(attention.q_norm) else attention.q_proj,
+            attention.k_norm if _normed(attention.k_norm) else attention.k_proj,
+            attention.v_proj,
+            attention.projection_layer,
+            attention.num_heads,
+            attention.scale,
+        )
+
+    def run_block(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        return block(hidden)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        if self.model.config.vision_feature_layer == -1:
+            hidden = self.tower.layernorm(hidden)
+        return super().finish(hidden)
+
+    def connect(self, features: Tensor) -> Tensor:
+        side = self.spec.side
+        maps = features.unflatten(1, (side, side))
+        shuffled = self.model.model.pixel_shuffle(maps, scale_factor=self.model.config.downsample_ratio)
+        return self.model.model.multi_modal_projector(shuffled.flatten(1, 2))
+
+
+def _normed(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Identity)

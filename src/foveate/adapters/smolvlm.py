@@ -1,0 +1,50 @@
+"""SmolVLM (arXiv 2504.05299) and Idefics3 (arXiv 2408.12637): SigLIP tiles and the whole, patches joined r x r."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.adapters.views import ViewsAdapter
+
+
+class SmolVLMAdapter(ViewsAdapter):
+    """SmolVLMForConditionalGeneration."""
+
+    family = "smolvlm"
+    architecture = "SmolVLMForConditionalGeneration"
+    renames = ()
+    embedding = "model.text_model.embed_tokens.weight"
+
+    @classmethod
+    def parts_of(cls, model: Any) -> dict[str, nn.Module]:
+        inner = model.model
+        return {"vision_tower": inner.vision_model, "mm_projector": inner.connector, "llm": inner.text_model}
+
+    @property
+    def tower(self) -> Any:
+        return self.model.model.vision_model
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.tower.encoder.layers)
+
+    def embed_views(self, pixels: Tensor) -> Tensor:
+        side = self.spec.side
+        real = torch.ones(len(pixels), side, side, dtype=torch.bool, device=pixels.device)
+        return self.tower.embeddings(pixel_values=pixels, patch_attention_mask=real)
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        return self.tower.post_layernorm(hidden)
+
+    def connect(self, features: Tensor) -> Tensor:
+        return self.model.model.connector(features)
+
+
+class Idefics3Adapter(SmolVLMAdapter):
+    """Idefics3ForConditionalGeneration."""
+
+    family = "idefics3"
+    architecture = "Idefics3ForConditionalGeneration"
