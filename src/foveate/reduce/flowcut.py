@@ -1,0 +1,101 @@
+"""`flowcut`: tokens leave the encoder every second block, by what has flowed between them and CLS so far.
+
+Source: FlowCut, arXiv 2505.19536 (NeurIPS 2025; code read: TungChintao/FlowCut @ a2ecd24). In each block a patch scores
+(c + e) * z: c its share of the attention of CLS, e its share of the softmax over tokens of v_cls . v, z the L1 norm of
+its value (attention and value mean over heads); the cumulative score is half the earlier one and half the new one.
+How many leave a block follows from the target and from how even c is: even attention, few.
+
+Departures: on a tower without CLS, and where the connector merges patches of a square so that none may leave the
+encoder, the cumulative score of the last four used blocks is taken at the end and tokens leave once; there received
+attention takes the place of c + e when CLS is missing (the code's Qwen form uses the mean query, which is near).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate.reduce.base import Scorer
+from foveate.reduce.signals import given, split_heads
+
+if TYPE_CHECKING:
+    from foveate.adapters.layout import VisualLayout
+
+LAST = 4
+"""Blocks whose scores count at the end: the weight of anything earlier is 1/16 in all."""
+
+
+def needs(block: int) -> tuple[str, str, str]:
+    """What is asked of one block: attention of CLS, its value, and the values of the patches."""
+    return (
+        f"cls_attention@{block}|received_attention@{block}",
+        f"cls_value@{block}|received_attention@{block}",
+        f"values@{block}",
+    )
+
+
+@dataclass(frozen=True)
+class FlowCut(Scorer):
+    """Top tokens of each view by cumulative score over the encoder's blocks."""
+
+    name: ClassVar[str] = "flowcut"
+    sites: ClassVar[tuple[str, ...]] = ("post_encoder", "post_projector")
+    signals: ClassVar[tuple[str, ...]] = tuple(need for block in range(-LAST, 0) for need in needs(block))
+    scope: ClassVar[str] = "view"
+    position: ClassVar[str] = "renumber"
+    newline: ClassVar[str] = "drop"
+    summary: ClassVar[str] = "tokens through which most information has flowed over the blocks of the encoder"
+
+    def score(self, signals: dict[str, Tensor], layout: VisualLayout) -> Tensor:
+        total = torch.zeros(len(layout))
+        for view_number, view in enumerate(layout.groups("view")):
+            before = None
+            for block in range(-LAST, 0):
+                attention, cls_value, values = (given(signals, need) for need in needs(block))
+                values = split_heads(values[view], attention.shape[1])  # [n, H, d]
+                shown, norm = attention[view].mean(dim=1), values.mean(dim=1).abs().sum(dim=-1)
+                if f"cls_value@{block}" in signals:
+                    semantic = semantic_attention(split_heads(cls_value[view_number], attention.shape[1]), values)
+                    score = flow(shown, semantic, norm)
+                else:
+                    score = shown * norm
+                before = cumulated(before, score)
+            total[view] = before
+        return total
+
+
+def flow(attention: Tensor, semantic: Tensor, norm: Tensor) -> Tensor:
+    """Score [B, n] of one block: (attention / its sum + semantic / its sum) * norm, each [B, n]."""
+    return (attention / attention.sum(-1, keepdim=True) + semantic / semantic.sum(-1, keepdim=True)) * norm
+
+
+def cumulated(before: Tensor | None, score: Tensor) -> Tensor:
+    """The cumulative score after a block: half of what was there and half of the new one; the new one in the first."""
+    return score if before is None else 0.5 * before + 0.5 * score
+
+
+def semantic_attention(cls_value: Tensor, values: Tensor) -> Tensor:
+    """e [n]: mean over heads of softmax over all tokens, CLS among them, of v_cls . v, unscaled; CLS left out.
+
+    cls_value: [H, d]; values: [n, H, d].
+    """
+    products = torch.einsum("hd,nhd->hn", cls_value, torch.cat([cls_value[None], values]))
+    return products.softmax(dim=-1)[:, 1:].mean(dim=0)
+
+
+def leaving(attention: Tensor, target: int, blocks_left: int) -> int:
+    """How many of n patches leave: (n - target) / sqrt(blocks_left) * (1 - eta^2), the most of the batch, rounded.
+
+    attention: [B, n] of CLS; eta: its entropy as a share of log n. blocks_left: blocks after this one in which patches
+    may still leave; at 0 all above the target do. A patch without attention adds nothing to the entropy.
+    """
+    n = attention.shape[-1]
+    if blocks_left <= 0:
+        return n - target
+    p = attention / attention.sum(dim=-1, keepdim=True)
+    eta = -torch.xlogy(p, p).sum(dim=-1) / math.log(n)
+    return min(round(float(((n - target) / blocks_left**0.5 * (1 - eta**2)).max())), n - target)
