@@ -191,6 +191,33 @@ def method(name: str, report: Row | None) -> str:
     return f"{table(head, rows)}\n\n{lines}\n\n{conditions(report)}"
 
 
+def weights(name: str, report: Row | None) -> str:
+    """What each setting of a weight method (of all, for "") keeps: nano's accuracy, the stories model's perplexity."""
+    if report is None:
+        return missing("weights")
+    parts = []
+    nano, stories = report["nano"], report["stories"]
+    rows = [
+        [f"`{row['recipe']}`", f"{row['mean']:.3f}", with_interval(row["paired"]), f"{row['bytes'] / 1e6:.2f}"]
+        for row in nano["rows"]
+        if name in ("", row["method"])
+    ]
+    if rows:
+        parts.append(table(["on nano", "mean accuracy", "against dense [95 %]", "MB"], rows))
+        parts.append(f"Dense: {nano['dense']['mean']:.3f}, {nano['limit']} questions a skill.")
+    rows = [
+        [f"`{row['recipe']}`", row["calib"], f"{row['perplexity']:.2f}", f"{row['perplexity'] / stories['dense']:.2f}"]
+        for row in stories["rows"]
+        if name in ("", row["method"])
+    ]
+    if rows:
+        parts.append(table(["on the stories model", "calibration", "perplexity", "ratio to dense"], rows))
+        parts.append(f"Dense: {stories['dense']:.2f} on {stories['tokens']} tokens.")
+    if not rows and not parts:
+        return f"*Not taken yet: `benchmarks/results/weights.json` holds no recipe of `{name}`.*"
+    return "\n\n".join([*parts, conditions(report)])
+
+
 TABLES: dict[str, tuple[str, Callable[[Row | None], str]]] = {
     "nano_quality": ("nano_quality", nano_quality),
     "nano_real": ("nano_quality", nano_real),
@@ -202,8 +229,12 @@ def make(name: str, results: Path = RESULTS) -> str:
     """The Markdown of the table `name`."""
     if name == "methods" or name.startswith("methods_"):
         return method(name.partition("_")[2], load("methods", results))
+    if name == "weights" or name.startswith("weights_"):
+        return weights(name.partition("_")[2], load("weights", results))
     if name not in TABLES:
-        raise SystemExit(f"unknown table {name!r}; known: {', '.join(TABLES)}, methods, methods_<name>")
+        raise SystemExit(
+            f"unknown table {name!r}; known: {', '.join(TABLES)}, methods, methods_<name>, weights, weights_<name>"
+        )
     file, build = TABLES[name]
     return build(load(file, results))
 

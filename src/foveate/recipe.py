@@ -92,17 +92,19 @@ class Recipe:
         for first, second in combinations(whole.methods, 2):
             reason = _conflict(first, second)
             if reason:
-                raise RecipeError(f"{first.text()} and {second.text()} {reason}; drop one of them")
+                way_out = "turn them round" if "order" in reason else "drop one of them"
+                raise RecipeError(f"{first.text()} and {second.text()} {reason}; {way_out}")
         check_reducers(whole.of("reduce"), vlm)
         for method in self.methods:
             if method.socket != "reduce":
                 method.check(vlm)
 
-    def apply(self, vlm: VLM, *, quiet: bool = False) -> VLM:
+    def apply(self, vlm: VLM, *, quiet: bool = False, state: Path | None = None) -> VLM:
         """A new VLM with this recipe on top; `vlm` stays as it is. Prints the effect on standard error.
 
         Copy on write: layers that no method replaces share their tensors with `vlm`, so train neither of the two while
-        the other is in use. Raises as `check`.
+        the other is in use. state: a folder from which a calibration that was killed is resumed (see
+        `foveate.weights.calibrate`). Raises as `check`, and as `calibrate.compress_`.
         """
         from foveate.vlm import VLM
 
@@ -112,8 +114,10 @@ class Recipe:
             shared = [*model.parameters(), *model.buffers()]
             model = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
         after = VLM(vlm.adapter.with_model(model), vlm.name, vlm.recipe + self)
-        for method in self.of("weights"):
-            method.apply_(after)
+        if self.of("weights"):
+            from foveate.weights.calibrate import compress_
+
+            after.calibration = {**vlm.calibration, **compress_(after, self.of("weights"), state=state, quiet=quiet)}
         if self and not quiet:
             from foveate.effect import effect
 
@@ -154,9 +158,14 @@ def _conflict(first: Method, second: Method) -> str:
         return ""
     if first.socket == "cache":
         return "are both caches, and a request has one"
-    if first.socket == "weights" and first.exclusive == second.exclusive:
+    if first.socket == "weights":
         part = next((part for part in first.parts if part in second.parts), None)
-        return f"both change the {first.exclusive} of {part}" if part else ""
+        if part and first.exclusive == second.exclusive:
+            return f"both change the {first.exclusive} of {part}"
+        from foveate.weights.base import ORDER
+
+        if part and ORDER.index(first.exclusive) > ORDER.index(second.exclusive):
+            return f"change {part} in an order that cannot work: {' before '.join(ORDER)}"
     return ""
 
 

@@ -85,6 +85,8 @@ class VLM:
 
         self.adapter, self.name = adapter, name
         self.recipe: Recipe = recipe if recipe is not None else Recipe()
+        self.calibration: dict[str, Any] = {}
+        """What data the weights of each part were calibrated on; saved as calibration.json."""
         self._stop: list[int] | None = None
 
     def __repr__(self) -> str:
@@ -279,6 +281,8 @@ class VLM:
         from foveate.recipe import FILE
 
         extra = {FILE: self.recipe.to_json(self.adapter.family)} if self.recipe else {}
+        if self.calibration:
+            extra["calibration.json"] = self.calibration
         try:
             self.adapter.save(Path(path), extra)
         except OSError as error:

@@ -1,25 +1,31 @@
 """The weights socket: which linear layers a method takes, how they are replaced, and what it saves.
 
-`apply_` works in place on modules that `Recipe.apply` has copied; dense tensors that no method touches stay shared.
+Methods work on modules that `Recipe.apply` has copied; tensors stay shared with the dense model. So a method never
+writes into a tensor: it puts a new layer in the place of an old one.
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from foveate.errors import RecipeError
+from foveate.errors import RecipeError, UnsupportedError
 from foveate.method import Method, nearest
 
 if TYPE_CHECKING:
     from foveate.vlm import VLM
+    from foveate.weights.calibrate import Block, Stream
 
 PARTS = ("vision_tower", "mm_projector", "llm")
+"""In the order in which data passes through them."""
+ORDER = ("sparsity", "storage", "adapter")
+"""What methods change, in the order in which a recipe names them for one part: prune, quantize, mend."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class WeightMethod(Method):
     """A method that replaces linear layers.
 
     parts: which parts of the model: any of "llm", "vision_tower", "mm_projector". The language model's head and all
-    embeddings stay dense. exclusive: methods with the same word may not take the same part (two storage formats).
+    embeddings stay dense. exclusive: one of ORDER; two methods with the same word may not take the same part.
     """
 
     parts: tuple[str, ...] = ("llm",)
@@ -49,11 +55,10 @@ class WeightMethod(Method):
     def targets(self, parts: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module, str]]:
         """(full name, owner, attribute) of each linear layer that this method takes."""
         for part in self.parts:
-            for name, module in list(parts[part].named_modules()):
-                for attribute, child in list(module.named_children()):
-                    full = ".".join(piece for piece in (part, name, attribute) if piece)
-                    if type(child) is nn.Linear and attribute not in self.skip:
-                        yield full, module, attribute
+            others = {id(module) for name, module in parts.items() if name != part}
+            for name, owner, attribute in linear_layers(parts[part], others):
+                if attribute not in self.skip:
+                    yield f"{part}.{name}", owner, attribute
 
     @abstractmethod
     def check_layer(self, name: str, linear: nn.Linear) -> None:
@@ -61,27 +66,141 @@ class WeightMethod(Method):
 
     @abstractmethod
     def convert(self, linear: nn.Linear) -> nn.Module:
-        """The cheaper layer."""
+        """The cheaper layer, without calibration."""
 
     @abstractmethod
     def empty(self, linear: nn.Linear) -> nn.Module:
         """A layer of the same form as `convert` gives, without values: a checkpoint's tensors are read into it."""
 
+    def compress_(self, block: Block) -> None:
+        """Replace the layers of one block (see `foveate.weights.calibrate`)."""
+        for name, linear in block.linears(self).items():
+            block.replace(name, self.convert(linear))
+
     def check(self, vlm: VLM) -> None:
         super().check(vlm)
-        for name, owner, attribute in self.targets(vlm.adapter.parts()):
+        parts = vlm.adapter.parts()
+        for part in self.parts:
+            if part not in parts:
+                raise UnsupportedError(
+                    f"{self.name}: this model has no part {part!r}; it has {', '.join(parts)}, so give parts=[...]"
+                )
+        for name, owner, attribute in self.targets(parts):
             self.check_layer(name, getattr(owner, attribute))
-
-    def apply_(self, vlm: VLM) -> None:
-        """Replace the layers of `vlm`, in place, one at a time."""
-        for _, owner, attribute in self.targets(vlm.adapter.parts()):
-            setattr(owner, attribute, self.convert(getattr(owner, attribute)))
 
     def prepare_(self, parts: dict[str, nn.Module]) -> None:
         """Put empty layers in place, in a model whose weights are still to be read."""
         for name, owner, attribute in self.targets(parts):
             self.check_layer(name, getattr(owner, attribute))
             setattr(owner, attribute, self.empty(getattr(owner, attribute)))
+
+
+@dataclass(frozen=True)
+class CalibratedMethod(WeightMethod):
+    """A weight method that looks at what flows through the layers.
+
+    calib: where samples come from: "auto" (the drawn world), "random" (uniform token ids), or a file: .txt for text, or
+    any data set that `foveate train` reads. samples: how many. seqlen: tokens of one text sample. seed: which ones.
+    tokens: which tokens count: "all", "text", "vision", or "balanced" (both kinds with the same total weight).
+    sequential: later blocks see what the blocks before them have become; false: what they were.
+    """
+
+    calib: str = "auto"
+    samples: int = 32
+    seqlen: int = 512
+    seed: int = 0
+    tokens: Literal["all", "text", "vision", "balanced"] = "all"
+    sequential: bool = True
+
+    needs_data: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ()
+    """The statistics wanted of each layer: `foveate.weights.statistics.KINDS`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("samples", "seqlen"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{self.name}: {name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def source(self) -> tuple[str, int, int, int, str]:
+        """What decides which calibration data is seen: methods on one part must agree on it."""
+        return self.calib, self.samples, self.seqlen, self.seed, self.tokens
+
+    def survey(self, stream: Stream) -> Any:
+        """What must be known of the whole dense part before its first block changes, as plain JSON; None: nothing."""
+        return None
+
+    def convert(self, linear: nn.Linear) -> nn.Module:
+        raise AssertionError(f"{self.name} needs calibration")
+
+
+@dataclass(frozen=True)
+class Pruner(CalibratedMethod):
+    """A method that sets weights to zero: dense tensors with zeros, the same size, no speed of its own.
+
+    sparsity: the share of weights that goes. pattern: "N:M" instead: of every M neighbours in a row N stay.
+    """
+
+    sparsity: float = 0.5
+    pattern: str = ""
+
+    exclusive: ClassVar[str] = "sparsity"
+    shown: ClassVar[tuple[str, ...]] = ("sparsity",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.sparsity < 1:
+            raise RecipeError(f"{self.name}: sparsity is {self.sparsity}; it must be at least 0 and below 1")
+        if self.pattern:
+            drop, of = self.drop_of  # raises when malformed
+            object.__setattr__(self, "sparsity", drop / of)
+
+    @property
+    def drop_of(self) -> tuple[int, int]:
+        """(dropped, out of) of the pattern; (0, 0) without one."""
+        if not self.pattern:
+            return 0, 0
+        stay, _, of = self.pattern.partition(":")
+        if not (stay.isdigit() and of.isdigit() and 0 < int(stay) < int(of)):
+            raise RecipeError(f"{self.name}: pattern is {self.pattern!r}; write how many stay of how many, like '2:4'")
+        return int(of) - int(stay), int(of)
+
+    def check_layer(self, name: str, linear: nn.Linear) -> None:
+        _, of = self.drop_of
+        if of and linear.in_features % of:
+            raise RecipeError(
+                f"{self.name}: layer {name} has {linear.in_features} inputs, which pattern {self.pattern} does not "
+                f"divide; use a pattern of {math.gcd(linear.in_features, 16)} neighbours, or sparsity="
+            )
+
+    def empty(self, linear: nn.Linear) -> nn.Module:
+        return linear
+
+
+def linear_layers(root: nn.Module, stop: set[int] = frozenset()) -> Iterator[tuple[str, nn.Module, str]]:  # type: ignore[assignment]
+    """(name inside `root`, owner, attribute) of each plain linear layer; modules whose id is in `stop` are left out."""
+
+    def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str]]:
+        for attribute, child in list(module.named_children()):
+            if id(child) in stop:
+                continue
+            if type(child) is nn.Linear:
+                yield prefix + attribute, module, attribute
+            else:
+                yield from walk(child, f"{prefix}{attribute}.")
+
+    yield from walk(root, "")
+
+
+def with_weight(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A layer like `linear` with another weight (and bias); its own tensors are not touched."""
+    made = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    made.weight = nn.Parameter(weight.to(linear.weight), requires_grad=False)
+    if bias is not None:
+        bias = nn.Parameter(bias.to(linear.weight), requires_grad=False)
+    made.bias = linear.bias if bias is None else bias
+    return made.train(linear.training)
 
 
 def module_bytes(module: nn.Module) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foveate.errors import RecipeError
 from foveate.weights.base import WeightMethod
-from foveate.weights.linear import QuantizedLinear
+from foveate.weights.linear import QuantizedLinear, check_group, empty_quantized
 
 
 @dataclass(frozen=True)
@@ -37,23 +37,14 @@ class RTN(WeightMethod):
             raise RecipeError(f"rtn: group is {self.group}; give a number of inputs, or 0 for one scale per output")
 
     def check_layer(self, name: str, linear: nn.Linear) -> None:
-        if self.group and linear.in_features % self.group:
-            fits = max(g for g in range(1, self.group + 1) if linear.in_features % g == 0)
-            raise RecipeError(
-                f"rtn: layer {name} has {linear.in_features} inputs, which group={self.group} does not divide; "
-                f"use group={fits}, or group=0 for one scale per output"
-            )
+        check_group("rtn", name, linear, self.group)
 
     def convert(self, linear: nn.Linear) -> nn.Module:
         codes, scale, zero = quantize(linear.weight.detach(), self.bits, self._group(linear), self.symmetric)
         return QuantizedLinear.of(linear, codes, scale, zero, self.bits)
 
     def empty(self, linear: nn.Linear) -> nn.Module:
-        shape = linear.in_features, linear.out_features
-        device = linear.weight.device
-        return QuantizedLinear(
-            *shape, self.bits, self._group(linear), self.symmetric, linear.bias is not None, device=device
-        )
+        return empty_quantized(linear, self.bits, self.group, self.symmetric)
 
     def _group(self, linear: nn.Linear) -> int:
         return self.group or linear.in_features
