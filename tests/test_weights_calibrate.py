@@ -1,0 +1,378 @@
+"""The calibrator: bounded memory, resume, one message for each mistake; and what each method does to a model."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import foveate
+from foveate.errors import CheckpointError, InputError, RecipeError, UnsupportedError
+from foveate.recipe import Recipe
+from foveate.vlm import VLM, Request
+from foveate.weights import calibrate
+from foveate.weights.base import linear_layers
+from foveate.weights.calibrate import Stream, record_calls
+from foveate.weights.linear import Int8Linear, QuantizedLinear
+from foveate.weights.samples import ANSWER, VISION, draw_examples, token_weights
+from foveate.weights.solve import inverse_factor, sparsegpt
+from foveate.weights.statistics import Statistics
+from foveate.weights.structure import find_groups
+from goldens_io import goldens_dir
+
+PICTURE = np.random.default_rng(3).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+REQUEST = Request("what?", PICTURE)
+CALIBRATED = [
+    "wanda(samples=3)",
+    "wanda(samples=3, variant=true)",
+    "wanda(samples=3, update=true)",
+    "sparsegpt(samples=3)",
+    "sparsegpt(samples=3, pattern='2:4')",
+    "owl(samples=3, sparsity=0.6)",
+    "owl(samples=3, pruner=sparsegpt)",
+    "owl(samples=3, pattern='4:8', spread=2.0)",
+    "gptq(samples=3, group=16)",
+    "gptq(samples=2, group=0, act_order=true, mse=true, true_sequential=true)",
+    "awq(samples=3, group=16)",
+    "awq(samples=3, group=0, symmetric=true)",
+    "smoothquant(samples=3)",
+    "mbq(samples=3, group=16)",
+    "mbq(samples=3, bits=4, act_bits=8)",
+]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return foveate.load(goldens_dir("nvila") / "nvila" / "ckpt", device="cpu")
+
+
+def apply(vlm, text, **options):
+    return Recipe.parse(text).apply(vlm, quiet=True, **options)
+
+
+def zeros(model) -> float:
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, nn.Linear)]
+    return sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+
+
+# ---- what methods do
+
+
+@pytest.mark.parametrize("text", CALIBRATED)
+def test_methods_change_copies_save_and_reload_equal(tiny, tmp_path, text):
+    before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
+    small = apply(tiny, text)
+    assert all(torch.equal(value, before[name]) for name, value in tiny.model.state_dict().items())
+    assert torch.isfinite(small.logits(REQUEST)).all()
+    small.save(tmp_path / "small")
+    again = foveate.load(tmp_path / "small", device="cpu")
+    assert again.recipe == small.recipe
+    torch.testing.assert_close(again.logits(REQUEST), small.logits(REQUEST), atol=1e-6, rtol=1e-6)
+    stored = json.loads((tmp_path / "small" / "calibration.json").read_text())
+    assert stored["llm"]["samples"] in (2, 3) and stored["llm"]["source"] == "auto"
+
+
+def test_sparsity_is_what_was_asked_for(tiny):
+    layers = tiny.adapter.parts()["llm"].model.layers
+    for text, share in (
+        ("wanda(sparsity=0.5, samples=2)", 0.5),
+        ("magnitude(sparsity=0.75)", 0.75),
+        ("sparsegpt(sparsity=0.25, samples=2)", 0.25),
+        ("owl(sparsity=0.5, samples=2)", 0.5),
+    ):
+        small = apply(tiny, text)
+        assert zeros(small.model.llm.model.layers) == pytest.approx(share, abs=0.02), text
+    assert zeros(layers) == 0
+    for text in ("magnitude(pattern='2:4')", "wanda(pattern='2:4', samples=2)", "sparsegpt(pattern='2:4', samples=2)"):
+        small = apply(tiny, text)
+        for layer in small.model.llm.model.layers.modules():
+            if isinstance(layer, nn.Linear):
+                groups = (layer.weight == 0).unflatten(1, (-1, 4)).sum(dim=-1)
+                assert int(groups.min()) == int(groups.max()) == 2, text
+
+
+def test_second_order_beats_plain_on_its_own_objective(tiny):
+    """Per layer, the error of the output over calibration inputs: sparsegpt < magnitude, gptq < rtn."""
+    generator = torch.Generator().manual_seed(0)
+    weight, mix = torch.randn(24, 32, generator=generator), torch.randn(32, 32, generator=generator)
+    x = torch.randn(400, 32, generator=generator) @ mix
+    found = Statistics(("hessian",))
+    found.add(x)
+    from foveate.weights.grids import gptq_grid, quantize_groups
+    from foveate.weights.pruning import magnitude_mask, rows_mask, wanda_score
+    from foveate.weights.solve import gptq
+
+    def error(w):
+        return float((x @ (w - weight).T).square().mean())
+
+    pruned = error(sparsegpt(weight, found.hessian, 0.5))
+    wanda = error(weight.masked_fill(rows_mask(wanda_score(weight, found.norm), 0.5), 0))
+    assert pruned < wanda < 1.05 * error(weight.masked_fill(magnitude_mask(weight, 0.5), 0))
+    plain = error(quantize_groups(weight, 3, 16, False, gptq_grid).weight)
+    assert error(gptq(weight, found.hessian, 3, 16).weight) < 0.7 * plain
+
+
+def test_zeros_stay_under_a_quantizer(tiny):
+    for text in ("gptq(group=16, samples=2)", "rtn(group=16)", "smoothquant(samples=2)"):
+        both = apply(tiny, f"sparsegpt(sparsity=0.5, samples=2) + {text}")
+        for layer in both.model.llm.model.layers.modules():
+            if isinstance(layer, QuantizedLinear):
+                assert float((layer.weight == 0).float().mean()) > 0.45
+            if isinstance(layer, Int8Linear):
+                assert float((layer.weight == 0).float().mean()) > 0.45
+
+
+def test_the_deployment_recipe_of_nvila(tiny):
+    small = apply(tiny, "smoothquant(parts=[vision_tower], samples=2) + awq(bits=4, group=16, samples=2)")
+    parts = small.adapter.parts()
+    tower = [m for m in parts["vision_tower"].encoder.layers.modules() if isinstance(m, (nn.Linear, Int8Linear))]
+    assert tower and all(isinstance(layer, Int8Linear) for layer in tower)
+    assert any(isinstance(layer, QuantizedLinear) for layer in parts["llm"].modules())
+    dense = tiny.logits(REQUEST)
+    assert float((small.logits(REQUEST) - dense).norm() / dense.norm()) < 0.3
+
+
+def test_smoothing_and_scaling_change_nothing_by_themselves(tiny):
+    """Before anything is rounded the model is the same: eight bits after smoothing are close to dense."""
+    dense = tiny.logits(REQUEST)
+    for text in ("smoothquant(samples=2)", "awq(bits=8, group=16, samples=2, clip=false)"):
+        made = apply(tiny, text).logits(REQUEST)
+        assert float((made - dense).norm() / dense.norm()) < 0.05
+
+
+def test_groups_are_found_without_names(tiny):
+    examples = draw_examples(tiny, "auto", 1, 64, 0)
+    stream = Stream(tiny, "llm", [Recipe.parse("awq(group=16)").methods[0]], examples, None)
+    stream.start()
+    with torch.no_grad():
+        block = next(iter(stream.dense(("mean",))))
+        groups = {group.before: group.layers for group in find_groups(block)}
+    assert groups["input_layernorm"] == ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    assert groups["post_attention_layernorm"] == ("mlp.gate_proj", "mlp.up_proj")
+    assert groups["mlp.up_proj"] == ("mlp.down_proj",)
+    assert "mlp.gate_proj" not in groups  # a gate is not linear in what it scales
+    assert "self_attn.v_proj" not in groups  # grouped queries: one value feeds several heads
+
+
+def test_the_int8_layer_multiplies_integers():
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 6).requires_grad_(False)
+    layer = Int8Linear.of(linear)
+    x = torch.randn(2, 5, 24)
+    weight = layer.weight.float() * layer.scale
+    scale = x.abs().amax(dim=-1, keepdim=True) / 127
+    expected = ((x / scale).round() * scale) @ weight.T + linear.bias
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert float((weight - linear.weight).abs().max()) <= float(layer.scale.max()) / 2 * 1.001
+
+
+# ---- streams
+
+
+def test_blocks_replay_the_models_own_forward(tiny):
+    """Running the blocks one after the other on recorded arguments gives the states that the model itself computes."""
+    examples = draw_examples(tiny, "auto", 2, 64, 1)
+    layers = list(tiny.adapter.layers)
+    calls, hidden = record_calls(tiny.adapter, "llm", layers, examples, True)
+    assert len(calls) == len(examples) == len(hidden) and "forward" not in vars(layers[0])
+    seen = []
+    handle = layers[-1].register_forward_hook(lambda m, a, out: seen.append(out))
+    try:
+        with torch.no_grad():
+            for example in examples:
+                calibrate.feed(tiny.adapter, example)
+            for number, call in enumerate(calls):
+                state = hidden[number]
+                for layer, (args, kwargs) in zip(layers, call.arguments):
+                    state = layer(state, *args, **kwargs)
+                torch.testing.assert_close(state, seen[number], rtol=1e-5, atol=1e-6)
+    finally:
+        handle.remove()
+    assert int((calls[0].modality == VISION).sum()) > 0 and int((calls[0].modality == ANSWER).sum()) > 0
+
+
+def test_statistics_are_those_of_all_tokens_together():
+    x = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    found = Statistics(("hessian", "max", "mean"))
+    for sample in x:
+        found.add(sample)
+    flat = x.flatten(0, 1)
+    torch.testing.assert_close(found.hessian, 2 / 3 * flat.T @ flat)
+    torch.testing.assert_close(found.norm, flat.square().sum(dim=0) / 3)
+    torch.testing.assert_close(found.absmax, flat.abs().amax(dim=0))
+    torch.testing.assert_close(found.absmean, flat.abs().mean(dim=0))
+    modality = torch.tensor([0, 0, 1, 1, 1, 1, 1])
+    assert token_weights(modality, "all") is None
+    weights = token_weights(modality, "balanced")
+    assert float(weights[:2].sum()) == pytest.approx(float(weights[2:].sum())) and float(weights.mean()) == 1
+    only = Statistics(("hessian",))
+    only.add(x[0], token_weights(modality, "text"))
+    torch.testing.assert_close(only.norm, x[0, :2].square().sum(dim=0) * 7 / 2)
+
+
+def test_no_more_than_one_block_is_worked_on_at_a_time(tiny, monkeypatch):
+    """Statistics exist for one block, and hidden states once per sample, whatever the number of blocks."""
+    alive, most = [0], [0]
+    init, step = calibrate.Block.__init__, calibrate.Stream._step
+
+    def counted(self, *args):
+        init(self, *args)
+
+    def measured(self, block, *args):
+        alive[0] += 1
+        most[0] = max(most[0], alive[0])
+        out = step(self, block, *args)
+        kept = sum(t.nbytes for t in self._hidden) + sum(t.nbytes for t in out)
+        one = sum(self.hidden(i).nbytes for i in range(len(self.calls)))
+        assert kept <= 2 * one
+        assert block.statistics and {name.split(".")[0] for name in block.statistics} <= {"self_attn", "mlp"}
+        alive[0] -= 1
+        return out
+
+    monkeypatch.setattr(calibrate.Block, "__init__", counted)
+    monkeypatch.setattr(calibrate.Stream, "_step", measured)
+    apply(tiny, "gptq(samples=3, group=16)")
+    assert most[0] == 1
+
+
+def test_a_crash_resumes_at_its_block(tiny, tmp_path, monkeypatch, caplog):
+    text = "smoothquant(parts=[vision_tower], samples=2) + owl(sparsity=0.5, samples=2) + gptq(group=16, samples=2)"
+    whole = apply(tiny, text)
+    state = tmp_path / "state"
+    real, done = calibrate.Stream._compress, []
+
+    def crash(self, block):
+        if self.part == "llm" and block.index == 2:
+            raise KeyboardInterrupt
+        real(self, block)
+
+    monkeypatch.setattr(calibrate.Stream, "_compress", crash)
+    with pytest.raises(KeyboardInterrupt):
+        apply(tiny, text, state=state)
+
+    def count(self, block):
+        done.append((self.part, block.index))
+        real(self, block)
+
+    monkeypatch.setattr(calibrate.Stream, "_compress", count)
+    with caplog.at_level("WARNING"):
+        again = apply(tiny, text, state=state)
+    assert done == [("llm", 2)] and "resuming at block 2 of 3 of llm" in caplog.text
+    assert not state.exists()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], value), name
+
+
+def test_the_state_of_another_run_is_not_taken_up(tiny, tmp_path, monkeypatch, caplog):
+    state = tmp_path / "state"
+    monkeypatch.setattr(calibrate.State, "clear", lambda self: None)
+    apply(tiny, "wanda(samples=2)", state=state)
+    monkeypatch.undo()
+    with caplog.at_level("WARNING"):
+        other = apply(tiny, "wanda(samples=2, sparsity=0.25)", state=state)
+    assert "its recipe differs" in caplog.text
+    assert zeros(other.model.llm.model.layers) == pytest.approx(0.25, abs=0.02)
+
+
+# ---- mistakes
+
+
+def test_nan_activations_name_block_and_sample(tiny):
+    broken = apply(tiny, "magnitude(sparsity=0.1)")
+    layer = broken.model.llm.model.layers[1].mlp.down_proj
+    layer.weight = nn.Parameter(layer.weight.clone().fill_(float("nan")), requires_grad=False)
+    with pytest.raises(InputError, match=r"llm block 1 .*NaN.*sample 0.*float32"):
+        apply(VLM(broken.adapter, "broken"), "wanda(samples=2)")
+
+
+def test_a_singular_hessian_names_the_layer():
+    with pytest.raises(UnsupportedError, match=r"llm\.x: its Hessian is not finite"):
+        inverse_factor(torch.full((3, 3), float("inf")), 0.01, "llm.x")
+    indefinite = torch.tensor([[1.0, 9.0], [9.0, 1.0]])
+    with pytest.raises(UnsupportedError, match=r"llm\.y: its Hessian is singular even with damping 1"):
+        inverse_factor(indefinite, 0.01, "llm.y")
+    repeated = torch.ones(4, 4)  # rank one: damping makes it invertible
+    assert torch.isfinite(inverse_factor(repeated, 0.01)).all()
+    assert torch.isfinite(sparsegpt(torch.randn(3, 4), torch.zeros(4, 4))).all()  # nothing ever flowed in
+
+
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(tiny, tmp_path, monkeypatch):
+    import foveate.weights.state as state
+
+    real, written = state.save_file, []
+
+    def full(tensors, path, **options):
+        if len(written) == 5:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        real(tensors, path, **options)
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device; make room and run the same command again"):
+        apply(tiny, "wanda(samples=2)", state=tmp_path / "state")
+    monkeypatch.setattr(state, "save_file", real)
+    small = apply(tiny, "wanda(samples=2)", state=tmp_path / "state")
+    assert torch.equal(small.logits(REQUEST), apply(tiny, "wanda(samples=2)").logits(REQUEST))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("gptq(group=7)", "group=7 does not divide; use group=6"),
+        ("awq(group=32)", "use group=24"),
+        ("wanda(pattern='2:5')", "pattern 2:5 does not divide"),
+        ("wanda(pattern='4:2')", "write how many stay of how many"),
+        ("wanda(sparsity=1.0)", "below 1"),
+        ("wanda(samples=0)", "at least 1"),
+        ("wanda + sparsegpt", "both change the sparsity of llm"),
+        ("gptq(group=16) + awq(group=16)", "both change the storage of llm"),
+        ("gptq(group=16) + wanda", "turn them round"),
+        ("wanda(samples=2) + gptq(group=16, samples=3)", "different calibration data"),
+        ("wanda(calib='nowhere.txt')", "neither a file nor one of"),
+        ("mbq(parts=[vision_tower])", "parts=\\[llm\\]"),
+        ("smoothquant(alpha=2.0)", "between 0 and 1"),
+        ("mbq(bits=4, act_bits=4)", "act_bits is 4"),
+    ],
+)
+def test_mistakes_are_one_line(tiny, text, words):
+    with pytest.raises((RecipeError, InputError, UnsupportedError), match=words) as caught:
+        apply(tiny, text)
+    assert "\n" not in str(caught.value)
+
+
+# ---- data
+
+
+def test_sources_of_data(tiny, tmp_path):
+    story = tmp_path / "story.txt"
+    story.write_text("Once upon a time there was a fox. " * 60)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "\n".join(json.dumps({"question": f"What is {i} and {i}?", "answer": str(2 * i)}) for i in range(40))
+    )
+    from foveate import world
+    from foveate.data.formats.write import write_dataset
+
+    own = tmp_path / "own.jsonl"
+    write_dataset([world.draw("scene", i, split="train").sample() for i in range(3)], own)
+    for source, sees in ((str(story), False), (str(rows), False), (str(own), True), ("random", False), ("auto", True)):
+        one, two, other = (draw_examples(tiny, source, 3, 32, seed) for seed in (0, 0, 1))
+        assert [e.plan.input_ids.tolist() for e in one] == [e.plan.input_ids.tolist() for e in two]
+        assert [e.plan.input_ids.tolist() for e in one] != [e.plan.input_ids.tolist() for e in other], source
+        assert bool((one[0].modality == VISION).any()) == sees, source
+        assert sees or all(len(e.plan.input_ids) == 32 for e in one)
+    with pytest.raises(InputError, match="no calibration sample passes through vision_tower"):
+        apply(tiny, f"wanda(calib='{story}', parts=[vision_tower], seqlen=32)")
+    small = apply(tiny, f"wanda(calib='{story}', samples=2, seqlen=32)")
+    assert small.calibration["llm"]["content"] != str(story) and len(small.calibration["llm"]["content"]) == 16
+
+
+def test_layers_that_never_run_are_counted(tiny, caplog):
+    with caplog.at_level("WARNING"):
+        apply(tiny, "gptq(parts=[vision_tower], group=4, samples=1)")
+    reached = tiny.model.config.num_vision_layers < len(tiny.model.vision_tower.encoder.layers)
+    loose = [name for name, _, _ in linear_layers(tiny.model.vision_tower) if not name.startswith("encoder.")]
+    assert ("never reached" in caplog.text) == (reached or bool(loose))
