@@ -263,7 +263,8 @@ def seen_in(scene: world.Scene, colour: str) -> list[bool]:
 @pytest.mark.parametrize("kind", world.CLIP_KINDS)
 def test_clips_have_8_to_32_frames_or_as_many_as_asked(kind: str) -> None:
     lengths = {len(scene.objects) for scene in scenes(kind, 40, size=16)}
-    assert lengths <= set(range(8, 33)) and len(lengths) > 12
+    shortest = 2 if kind in world.LESSONS else 8
+    assert lengths <= set(range(shortest, 33)) and len(lengths) > 12
     assert {len(scene.images) for scene in scenes(kind, 8, size=16, frames=9)} == {9}
 
 
@@ -319,6 +320,46 @@ def test_needle_is_in_one_frame() -> None:
         at = next(i for i, boxes in enumerate(scene.objects) if any(b.chars for b in boxes))
         (box,) = [b for b in scene.objects[at] if b.chars]
         assert box.y1 - box.y0 >= 30  # legible at half the size
+
+
+def test_lesson_signs_stand_alone_and_carry_their_digits() -> None:
+    numbers = set()
+    for scene in scenes("clip_signs", 40):
+        assert all(q.auxiliary for q in scene.questions)
+        read = {}
+        for boxes in scene.objects:
+            assert sum(b.chars is not None for b in boxes) <= 1
+            if boxes:
+                plate, digit = boxes
+                read[plate.colour] = digit.chars
+        numbers.add(len(read))
+        assert {named(text, world.COLOURS)[0]: answer for text, answer in scored(scene, "on")} == read
+        for form, place in (("first", 0), ("last", -1)):
+            assert [answer for _, answer in scored(scene, form)] == [list(read.values())[place]] * (len(read) > 1)
+        if len(read) == 1:
+            assert (("Which digit appears in the clip?", *read.values())) in scored(scene, "needle")
+    assert numbers == {1, 2, 3, 4}
+
+
+def test_lesson_tables_ask_for_cells_places_rows_and_columns() -> None:
+    shapes = set()
+    for scene in scenes("grid", 40):
+        cells, heads = scene.truth["cells"], scene.truth["heads"]
+        names = heads or [str(r + 1) for r in range(len(cells))]
+        shapes.add((len(cells), len(cells[0])))
+        assert all(q.auxiliary for q in scene.questions)
+        assert scored(scene, "row") == [(f"What is in row {n}?", " ".join(row)) for n, row in zip(names, cells)]
+        assert scored(scene, "column") == [
+            (f"What is in column {c + 1}?", " ".join(column)) for c, column in enumerate(zip(*cells))
+        ]
+        places = dict(scored(scene, "where"))
+        for text, answer in scored(scene, "cell"):
+            x, y = map(int, places[text.replace("What is in", "Where is")].split())
+            at = [b for b in scene.objects[0] if b.chars == answer]
+            assert any(
+                8 * (b.x0 + b.x1) / 256 // 1 == x and 8 * (b.y0 + b.y1) / 256 // 1 in (y - 1, y, y + 1) for b in at
+            )
+    assert (2, 2) in shapes and len(shapes) > 4
 
 
 def test_statements_are_balanced_and_true_of_the_picture() -> None:

@@ -69,7 +69,7 @@ def build_tokenizer(
 def _corpus(data_dir: str | Path | None, scenes_per_kind: int, seed: int) -> Iterator[str]:
     from foveate import world
 
-    for kind in world.KINDS:
+    for kind in (k for k in world.KINDS if k not in world.LESSONS):
         for index in range(scenes_per_kind):
             scene = world.draw(kind, index, split="train", seed=seed)
             for question in scene.questions:

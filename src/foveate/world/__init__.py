@@ -13,7 +13,7 @@ and balanced answers. numpy and Pillow only.
 from __future__ import annotations
 
 from foveate.world.evaluation import chance, evaluation_questions, evaluation_samples, kinds_of
-from foveate.world.kinds import CLIP_KINDS, KINDS, draw
+from foveate.world.kinds import CLIP_KINDS, KINDS, LESSONS, draw
 from foveate.world.scene import SPLITS, Box, Question, Scene
 from foveate.world.vocabulary import CLIP_SKILLS, COLOURS, SHAPES, SKILLS
 
@@ -22,6 +22,7 @@ __all__ = [
     "CLIP_SKILLS",
     "COLOURS",
     "KINDS",
+    "LESSONS",
     "SHAPES",
     "SKILLS",
     "SPLITS",

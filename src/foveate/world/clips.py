@@ -22,7 +22,7 @@ def _length(rng: random.Random, options: Options, at_least: int = MIN_FRAMES) ->
     return options.frames or rng.randint(max(MIN_FRAMES, at_least), MAX_FRAMES)
 
 
-def _frames(paper: Rgb, size: int | None, states: list[tuple[Any, ...]], draw: Painter) -> Picture:
+def frames_of(paper: Rgb, size: int | None, states: list[tuple[Any, ...]], draw: Painter) -> Picture:
     """One picture a state, drawn by `draw(canvas, state)`; frames with equal states are drawn once and shared."""
     done: dict[tuple[Any, ...], tuple[Any, Any]] = {}
     for state in states:
@@ -72,7 +72,7 @@ def motion(rng: random.Random, options: Options) -> Draft:
             for s, c, _, x, y, dx, dy, r in movers:
                 canvas.shape(s, RGB[c], x + dx * state[0], y + dy * state[0], r, c)
 
-        return _frames(paper, options.size, [(i / (length - 1),) for i in range(length)], draw)
+        return frames_of(paper, options.size, [(i / (length - 1),) for i in range(length)], draw)
 
     return Draft(truth, ask, paint)
 
@@ -124,7 +124,7 @@ def order(rng: random.Random, options: Options) -> Draft:
                 s, c, x, y, r = things[i]
                 canvas.shape(s, RGB[c], x, y, r, c)
 
-        return _frames(paper, options.size, states, draw)
+        return frames_of(paper, options.size, states, draw)
 
     return Draft(truth, ask, paint)
 
@@ -175,7 +175,7 @@ def flash(rng: random.Random, options: Options) -> Draft:
                 if on:
                     canvas.shape(s, RGB[c], x, y, r, c)
 
-        return _frames(paper, options.size, states, draw)
+        return frames_of(paper, options.size, states, draw)
 
     return Draft(truth, ask, paint)
 
@@ -200,9 +200,9 @@ def needle(rng: random.Random, options: Options) -> Draft:
     """A few shapes that stand or drift, and one single frame with a coloured sign that bears a large digit."""
     length = _length(rng, options)
     at = rng.randrange(length)
-    digit, size = rng.choice(DIGITS), rng.randint(48, 68)
-    half_w, half_h = round(size * 0.36), round(size * 0.44)
-    x, y = rng.randint(half_w + 3, CANVAS - half_w - 3), rng.randint(half_h + 3, CANVAS - half_h - 3)
+    digit = rng.choice(DIGITS)
+    x, y, size = place_sign(rng)
+    half_w, half_h = _half_sign(size)
     paper, _ = background(rng)
     colour = rng.choice(COLOURS)
     taken: list[Rect] = []
@@ -237,12 +237,30 @@ def needle(rng: random.Random, options: Options) -> Draft:
                 canvas.shape(s, RGB[c], a, b, r, c)
             if now:  # over the shapes; what it covers is not there to be seen
                 canvas.boxes = [box for box in canvas.boxes if not _inside(box, canvas.k, x, y, half_w, half_h)]
-                canvas.rect(RGB[colour], x - half_w, y - half_h, x + half_w, y + half_h, colour)
-                canvas.text(digit, INK_ON[colour], x, y, size)
+                draw_sign(canvas, digit, colour, x, y, size)
 
-        return _frames(paper, options.size, states, draw)
+        return frames_of(paper, options.size, states, draw)
 
     return Draft(truth, ask, paint)
+
+
+def _half_sign(size: int) -> tuple[int, int]:
+    """Half the width and height of the sign around a digit of that font size."""
+    return round(size * 0.36), round(size * 0.44)
+
+
+def place_sign(rng: random.Random) -> tuple[int, int, int]:
+    """Centre and font size of a sign that lies in the picture as a whole."""
+    size = rng.randint(48, 68)
+    half_w, half_h = _half_sign(size)
+    return rng.randint(half_w + 3, CANVAS - half_w - 3), rng.randint(half_h + 3, CANVAS - half_h - 3), size
+
+
+def draw_sign(canvas: Canvas, digit: str, colour: str, x: int, y: int, size: int) -> None:
+    """A plate with a large digit on it."""
+    half_w, half_h = _half_sign(size)
+    canvas.rect(RGB[colour], x - half_w, y - half_h, x + half_w, y + half_h, colour)
+    canvas.text(digit, INK_ON[colour], x, y, size)
 
 
 def _inside(box: Box, k: float, x: float, y: float, half_w: float, half_h: float) -> bool:

@@ -25,6 +25,9 @@ _KINDS = Registry(
         "clip_needle": "foveate.world.clips:needle",
         "single": "foveate.world.single:single",
         "boxes": "foveate.world.boxes:boxes",
+        "clip_signs": "foveate.world.lessons:signs",
+        "grid": "foveate.world.lessons:grid",
+        "plot": "foveate.world.charts:plot",
     },
 )
 KINDS = (
@@ -43,8 +46,13 @@ KINDS = (
     "clip_needle",
     "single",
     "boxes",
+    "clip_signs",
+    "grid",
+    "plot",
 )
 """Every kind. `single` and `boxes` carry training-only questions in the manner of easy-VQA and NLVR."""
+LESSONS = ("clip_signs", "grid", "plot")
+"""Kinds that lead up to a skill; they add no words that the tokenizer has to learn."""
 CLIP_KINDS = tuple(kind for kind in KINDS if kind.startswith("clip_"))
 MIN_FRAMES, MAX_FRAMES = 8, 32
 
