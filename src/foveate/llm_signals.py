@@ -10,10 +10,12 @@ attention and no layer runs twice. A step at layer k sees layer k-1 as it ran, a
     last_value_attention   [H, N]     softmax over the visual tokens of v_last . v_visual / sqrt(d), layer k-1
     hidden                 [N, D]     states of the visual tokens that enter layer k
     text_hidden            [Q, D]     states of those text tokens
-    keys, values           [N, heads * d]  of layer k-1, keys after the rotary embedding
-    next_keys, next_values [N, heads * d]  of layer k
+    keys, values           [N, heads, d]  of layer k-1, keys after the rotary embedding
+    next_keys, next_values [N, heads, d]  of layer k
+    text_prior             [Q, N]     what the rotary embedding alone makes of a query and a key of ones, / sqrt(d)
     text_input             [Q, D]     embeddings of the text tokens that entered the language model
     visual_input           [N0, D]    features of all visual tokens that entered it
+    entered, length        scalars    visual tokens that entered the language model; tokens of the request now
     request_key            scalar     checksum of prompt and pixels
 
 All attention is post-softmax over the whole causal row. Everything is float32 on the model's device.
@@ -27,7 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from foveate.adapters.decoder import Rotary, project, scale_of
+from foveate.adapters.decoder import Rotary, project, rotate, scale_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,7 +44,8 @@ class LayerView:
 
     before, layer: layers k-1 and k. entered, rotary: states [n, D] that entered layer k-1, with their cosine and sine.
     keys, values: [heads, n, d] that its attention saw. hidden: at the input of layer k. visual: [N] places of visual
-    tokens; text: [Q] places of the text after the first of them. given: signals known beforehand.
+    tokens; text: [Q] places of the text after the first of them. given: signals known beforehand. While decoding,
+    entered and hidden are the one new token's [1, D], and `place` is its place among the n keys.
     """
 
     before: nn.Module
@@ -55,6 +58,7 @@ class LayerView:
     visual: Tensor
     text: Tensor
     given: dict[str, Tensor] = field(default_factory=dict)
+    place: int | None = None
 
     def signals(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The signals by name."""
@@ -69,22 +73,30 @@ class LayerView:
             return self.hidden[self.text].float()
         if name in ("keys", "values"):
             states = self.keys if name == "keys" else self.values
-            return states[:, self.visual].transpose(0, 1).flatten(1).float()
+            return states[:, self.visual].transpose(0, 1).float()
         if name in ("next_keys", "next_values"):
-            return self._next(name[5]).index_select(1, self.visual).transpose(0, 1).flatten(1).float()
+            return self._next(name[5])[:, self.visual].transpose(0, 1).float()
         if name == "last_value_attention":
             values = self.values.float()
             last, seen = values[:, -1:], values[:, self.visual]
             groups = self.before.self_attn.config.num_attention_heads // len(values)
             logits = (last @ seen.transpose(-1, -2))[:, 0] / values.shape[-1] ** 0.5
             return logits.softmax(dim=-1).repeat_interleave(groups, dim=0)
+        if name == "length":
+            return torch.tensor(len(self.hidden))
+        if name == "text_prior":
+            ones = torch.ones_like(self.rotary[0])
+            turned = rotate(ones, self.rotary).float()
+            return turned[self.text] @ turned[self.visual].T / ones.shape[-1] ** 0.5
         following = name.startswith("next_")
         rows = name.removeprefix("next_").removesuffix("_attention")
         if rows == "visual":
             return self._mean_attention(self.visual, following)
-        places = self.text if rows == "text" else torch.tensor([len(self.hidden) - 1], device=self.hidden.device)
-        found = self._attention(places, following)
+        found = self._attention(self.text if rows == "text" else self._last(), following)
         return found if rows == "text" else found[:, 0]
+
+    def _last(self) -> Tensor:
+        return torch.tensor([len(self.hidden) - 1], device=self.hidden.device)
 
     def _next(self, kind: str) -> Tensor:
         return project(self.layer, kind, self.hidden, None if kind == "v" else self.rotary)
@@ -95,7 +107,8 @@ class LayerView:
         cos, sin = self.rotary
         keys = self._next("k") if following else self.keys
         query = project(layer, "q", states[places], (cos[places], sin[places])).float()  # [H, R, d]
-        return attention_rows(query, keys.float(), places, scale_of(layer))[..., self.visual]
+        at = places if self.place is None else torch.full_like(places, self.place)
+        return attention_rows(query, keys.float(), at, scale_of(layer))[..., self.visual]
 
     def _mean_attention(self, places: Tensor, following: bool) -> Tensor:
         heads = self.layer.self_attn.config.num_attention_heads

@@ -21,6 +21,7 @@ from foveate.rows import Row, pad, places
 
 if TYPE_CHECKING:
     from foveate.adapters.base import Adapter
+    from foveate.adapters.layout import VisualLayout
     from foveate.reduce.base import Step
     from foveate.runtime import Clock
 
@@ -30,14 +31,17 @@ class Stage:
     """What the layers from `first` on see, until the next stage.
 
     real: [B, T] bool, False where a cached column is padding; None when none is. position: of the next token, [B, 1] or
-    [3, B, 1]. columns: for each row the columns of its visual tokens; origin: their numbers in the request.
+    [3, B, 1]. start: [B] the first real column of each row. columns: for each row the columns of its visual tokens;
+    origin: their numbers in the request; layouts: where they come from.
     """
 
     first: int
     real: Tensor | None
     position: Tensor
+    start: list[int]
     columns: list[Tensor]
     origin: list[Tensor]
+    layouts: list[VisualLayout]
 
     def grow(self) -> None:
         """One more column, real in every row."""
@@ -49,8 +53,18 @@ class Stage:
         self.real = None if self.real is None else self.real[index]
         self.position = self.position[..., index, :]
         kept = index.tolist()
-        self.columns = [self.columns[i] for i in kept]
-        self.origin = [self.origin[i] for i in kept]
+        self.start, self.columns = [self.start[i] for i in kept], [self.columns[i] for i in kept]
+        self.origin, self.layouts = [self.origin[i] for i in kept], [self.layouts[i] for i in kept]
+
+    def without(self, hidden: list[Tensor | None], width: int, device: torch.device) -> Tensor:
+        """Real columns [B, width] but for the visual tokens whose numbers are `hidden` in their rows."""
+        real = (
+            torch.ones(len(hidden), width, dtype=torch.bool, device=device) if self.real is None else self.real.clone()
+        )
+        for b, numbers in enumerate(hidden):
+            if numbers is not None:
+                real[b, self.columns[b][torch.isin(self.origin[b], numbers)].to(device)] = False
+        return real
 
 
 class Ragged:
@@ -61,6 +75,7 @@ class Ragged:
         self.adapter, self.cache, self.clock = adapter, cache, clock
         self.rows = list(rows)
         self.alive = list(range(len(rows)))
+        self.entered = [row.kept for row in rows]
         self.stages: list[Stage] = []
         self._config, self._model = adapter.text_config, adapter.text_model
 
@@ -96,7 +111,9 @@ class Ragged:
     def _inputs(self, row: Row, hidden: Tensor, asked: set[str]) -> dict[str, Tensor]:
         """Signals of a row that are known at layer 0."""
         own = hidden[len(hidden) - len(row) :]
-        found = {} if row.key is None else {"request_key": row.key}
+        found = {"entered": torch.tensor(row.kept)}
+        if row.key is not None:
+            found["request_key"] = row.key
         if "visual_input" in asked:
             found["visual_input"] = own[row.where.to(own.device)].float()
         if "text_input" in asked:
@@ -112,8 +129,10 @@ class Ragged:
                 first,
                 real,
                 following.expand(*positions.shape[:-1], 1),
+                [length - len(row) for row in self.rows],
                 [length - len(row) + row.where for row in self.rows],
                 [row.origin for row in self.rows],
+                [row.layout for row in self.rows],
             )
         )
         return self._model.rotary_emb(hidden, positions), self._mask(real, length, hidden)
@@ -185,15 +204,66 @@ class Ragged:
         """Logits [B, V] after one more token in each row, [B]."""
         hidden = self.adapter.embed(token[:, None], self.rows[0].features[:0])["inputs_embeds"]
         layers = self.adapter.layers
-        ends = [stage.first for stage in self.stages[1:]] + [len(layers)]
-        for stage, end in zip(self.stages, ends):
+        steps = [{step.layer: step for step in row.steps if step.site == "cache"} for row in self.rows]
+        cache = Recorder(self.cache, {layer - 1 for own in steps for layer in own})
+        unseen: list[Tensor | None] = [None] * len(self.rows)
+        entered = hidden
+        seen_at, seen_rotary = self.stages[0], None
+        for stage, end in zip(self.stages, [*(stage.first for stage in self.stages[1:]), len(layers)]):
             stage.grow()
             rotary = self._model.rotary_emb(hidden, stage.position)
-            allowed = self._mask(stage.real, 1, hidden)
-            for layer in layers[stage.first : end]:
-                hidden = self._run(layer, hidden, allowed, rotary, self.cache)
+            allowed = self._step_mask(stage, unseen, hidden)
+            for index in range(stage.first, end):
+                if any(index in own for own in steps):
+                    at = [own.get(index) for own in steps]
+                    self._look(index, at, entered, hidden, seen_rotary, seen_at, cache, unseen)
+                    allowed = self._step_mask(stage, unseen, hidden)
+                entered, seen_at, seen_rotary = hidden, stage, rotary
+                hidden = self._run(layers[index], hidden, allowed, rotary, cache)
             stage.position = stage.position + 1
         return self.adapter.head(hidden[:, -1])
+
+    def _look(
+        self,
+        index: int,
+        steps: list[Step | None],
+        entered: Tensor,
+        hidden: Tensor,
+        rotary: Any,
+        stage: Stage,
+        cache: Recorder,
+        unseen: list[Tensor | None],
+    ) -> None:
+        """Let the steps at layer `index` choose what the layers from it on attend to in this decoding step."""
+        keys, values = cache.seen.pop(index - 1)
+        for b, step in enumerate(steps):
+            if step is None or not len(stage.origin[b]):
+                continue
+            start, last = stage.start[b], keys.shape[2] - 1
+            view = LayerView(
+                before=self.adapter.layers[index - 1],
+                layer=self.adapter.layers[index],
+                entered=entered[b],
+                rotary=(rotary[0][b], rotary[1][b]),
+                keys=keys[b, :, start:],
+                values=values[b, :, start:],
+                hidden=hidden[b],
+                visual=stage.columns[b].to(hidden.device) - start,
+                text=torch.zeros(0, dtype=torch.int64),
+                given={"entered": torch.tensor(self.entered[b]), "length": torch.tensor(last + 1 - start)},
+                place=last - start,
+            )
+            reduction = step.select(view.signals(step.signals), stage.layouts[b])
+            gone = torch.ones(len(stage.origin[b]), dtype=torch.bool)
+            gone[reduction.keep.cpu()] = False
+            unseen[b] = stage.origin[b][gone] if bool(gone.any()) else None
+
+    def _step_mask(self, stage: Stage, unseen: list[Tensor | None], hidden: Tensor) -> Any:
+        """The mask of one decoding step for the layers of a stage."""
+        if all(numbers is None for numbers in unseen):
+            return self._mask(stage.real, 1, hidden)
+        width = self.cache.layers[stage.first].get_seq_length() + 1
+        return self._mask(stage.without(unseen, width, hidden.device), 1, hidden)
 
     def shrink(self, going: list[int]) -> None:
         """Only these rows go on."""
@@ -201,6 +271,7 @@ class Ragged:
         self.cache.batch_select_indices(index)
         self.alive = [self.alive[i] for i in going]
         self.rows = [self.rows[i] for i in going]
+        self.entered = [self.entered[i] for i in going]
         for stage in self.stages:
             stage.shrink(index)
 

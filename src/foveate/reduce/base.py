@@ -42,6 +42,9 @@ LLM_SIGNALS = (
     "next_values",
     "text_input",
     "visual_input",
+    "text_prior",
+    "entered",
+    "length",
 )
 """What a step inside the language model can be told; `foveate.llm_signals` says what each is."""
 
@@ -227,6 +230,11 @@ def layer_index(value: float | int, depth: int, method: str, name: str = "layer"
     if not 0 < value < 1:
         raise RecipeError(f"{method}: {name} is {value}; a fraction of the depth lies between 0 and 1")
     return min(depth - 1, max(1, int(value * depth + 0.5)))
+
+
+def distinct(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Of stages that fall on one layer of a shallow model only the last."""
+    return tuple({(step.site, step.layer): step for step in steps}.values())
 
 
 def tokens_per_layer(reducers: Sequence[Reducer], groups: Sequence[Sequence[int]], shape: Shape) -> list[int]:

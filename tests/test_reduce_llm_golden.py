@@ -1,0 +1,213 @@
+"""Reduction inside the language model against the official code: every case of the files of these methods.
+
+Where a file gives states and weights of a toy layer, the signal itself is computed from them by `LayerView`, as in a
+model. The same tests run on vectors of other seeds, shapes and budgets (FOVEATE_GOLDENS).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from foveate.adapters.layout import VALID, VisualLayout
+from foveate.llm_signals import LayerView
+from foveate.reduce import sparsevlm
+from foveate.reduce.base import layer_index
+from foveate.reduce.fastv import FastV
+from foveate.reduce.pyramiddrop import PyramidDrop
+from foveate.reduce.sparsevlm import SparseVLM
+from foveate.reduce.visiondrop import VisionDrop
+from goldens_io import golden_cases, golden_methods
+
+FAMILY = "tokens"
+
+
+def line(n, start=0):
+    """A layout of n tokens of one picture in a row."""
+    zero, none = torch.zeros(n, dtype=torch.int64), torch.full((n,), -1)
+    place = torch.arange(n)
+    kind = torch.full((n,), VALID)
+    return VisualLayout(zero, zero, none, zero, place, none, none, kind, place + start, torch.ones(n))
+
+
+class Toy(nn.Module):
+    """A decoder layer with the queries and keys of a golden file: norm weights of one, as many key heads as heads."""
+
+    def __init__(self, case, layer):
+        super().__init__()
+        width, heads, eps = case.params("D", "heads", "rms_eps")
+        self.input_layernorm = nn.RMSNorm(width, eps=eps)
+        attention = self.self_attn = nn.Module()
+        for kind in "qk":
+            projection = nn.Linear(width, width, bias=False)
+            projection.weight = nn.Parameter(case.tensor(f"W{kind}{layer}"))
+            setattr(attention, f"{kind}_proj", projection)
+        attention.head_dim = width // heads
+        attention.scaling = attention.head_dim**-0.5
+        attention.config = SimpleNamespace(num_attention_heads=heads)
+
+
+def rotary(case, n):
+    width, heads, base = case.params("D", "heads", "rope_base")
+    d = width // heads
+    angle = torch.arange(n)[:, None] / base ** (torch.arange(0, d, 2) / d)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+@torch.no_grad()
+def signals_at(case, layer, hidden, start, count, names):
+    """Signals of a step at a toy layer, positions renumbered, `count` visual tokens from `start` on."""
+    toy = Toy(case, layer)
+    n = len(hidden)
+    empty = torch.zeros(1, n, 1)
+    view = LayerView(
+        before=toy,
+        layer=toy,
+        entered=hidden,
+        rotary=rotary(case, n),
+        keys=empty,
+        values=empty,
+        hidden=hidden,
+        visual=torch.arange(start, start + count),
+        text=torch.arange(start + count, n),
+        given={"entered": torch.tensor(case["param", "image_len"])},
+    )
+    return view.signals(names)
+
+
+def check_fastv(case):
+    seq, start, count, dropped = case.params("seq", "image_start", "image_len", "R")
+    method = FastV(keep=1 - dropped, layer=case["param", "K"])
+    attention = case.tensor("attn_last_query")[:, start : start + count]
+    keep = method.select({"last_attention": attention}, line(count, start)).keep
+    np.testing.assert_array_equal(keep.numpy(), case["out", "keep_image"])
+    assert method.count(count) == len(keep) == int(case["out", "n_keep"])
+    around = [torch.arange(start), keep + start, torch.arange(start + count, seq)]
+    for name in ("keep_all", "position_ids_after"):
+        np.testing.assert_array_equal(torch.cat(around).numpy(), case["out", name])
+    assert method.position == "keep"
+
+
+def check_pyramiddrop(case):
+    start, total, ratios, layers = case.params("image_start", "image_len", "ratios", "rank_layers")
+    method = PyramidDrop(keep=ratios[-1], layers=tuple(layers), ratios=tuple(ratios[1:]))
+    hidden, numbers = case.tensor("hidden"), torch.arange(len(case["in", "hidden"]))
+    assert method.position == "renumber"
+    for stage, layer in enumerate(layers):
+        count = len(hidden) - (len(case["in", "hidden"]) - total)
+        signals = signals_at(case, layer, hidden, start, count, method.signals)
+        keep = method.select(signals, line(count, start), stage).keep + start
+        stays = torch.cat([torch.arange(start), keep, torch.arange(start + count, len(hidden))])
+        hidden, numbers = hidden[stays], numbers[stays]
+        np.testing.assert_array_equal(numbers.numpy(), case["out", f"stage{stage}_kept_ids"])
+
+
+def check_visiondrop(case):
+    start, total, schedule, layers = case.params(
+        "image_start", "image_len", "schedule_dominant_contextual", "rank_layers"
+    )
+    assert sum(schedule[0]) == total
+    method = VisionDrop(keep=0.5, layers=tuple(layers), schedule=tuple(n for pair in schedule[1:] for n in pair))
+    hidden = case.tensor("hidden")
+    text = len(hidden) - total
+    names = ("next_visual_attention", "next_keys", "entered")
+    for stage, layer in enumerate(layers):
+        count = len(hidden) - text
+        reduction = method.select(signals_at(case, layer, hidden, start, count, names), line(count), stage + 1)
+        visual = reduction.apply(hidden[start : start + count])
+        hidden = torch.cat([hidden[:start], visual, hidden[start + count :]])
+        expected = case.tensor(f"stage{stage}_out", "out")
+        torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-4)
+        hidden = expected
+
+
+def check_sparsevlm(case):
+    published = dict(case["param", "tables"])
+    ends = [layer + 1 for layer in published.pop("layers")]  # tokens leave after these layers
+    assert [layer_index(layer, 32, "sparsevlm") for layer in SparseVLM(keep=1).layers] == ends
+    for budget, counts in published.items():
+        version, _, tokens = budget.rpartition("_")
+        method = SparseVLM(keep=int(tokens), version=version or "v1")
+        assert [method.target(stage, sparsevlm.TOKENS) for stage in range(3)] == counts
+    start, count, text = case.params("vision_start", "vision_num", "text_num")
+    hidden = case.tensor("hidden_in_layer0")
+    visual, words = hidden[start : start + count], hidden[start + count : start + count + text]
+    raters = sparsevlm.text_raters(visual, words)
+    np.testing.assert_array_equal(raters.numpy(), case["out", "rater_idx"])
+    keep = case["param", "keep"]
+    method = SparseVLM(keep=0.5)
+    object.__setattr__(method, "target", lambda stage, total: keep)  # the file's own count, table or not
+    attention = torch.zeros(case["param", "heads"], text, count)
+    attention[:, raters] = case.tensor("attn_rater_to_vis")
+    score = attention[:, raters].mean(dim=(0, 1))
+    torch.testing.assert_close(score, case.tensor("relation", "out"), atol=1e-6, rtol=1e-4)
+    signals = {
+        "text_attention": attention,
+        "text_input": words,
+        "visual_input": visual,
+        "hidden": visual,
+        "entered": torch.tensor(count),
+    }
+    reduction = method.select(signals, line(count, start), 0)
+    kept = reduction.keep[:keep]
+    np.testing.assert_array_equal(kept.numpy(), case["out", "vis_keep"])
+    order = sparsevlm.recycled(score, kept)
+    np.testing.assert_array_equal(order.numpy(), case["out", "recycle_order"])
+    torch.testing.assert_close(visual[order], case.tensor("merge_in", "out"))
+    clusters = int(case["out", "clusters"])
+    assert len(order) == int(case["out", "recycled"]) and sparsevlm.clusters_of(count - keep) == clusters
+    merged = reduction.apply(visual)
+    torch.testing.assert_close(merged[keep:], case.tensor("merge_out", "out"), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(merged[:keep], visual[kept])
+    assert method.left(0, count, count) == len(merged) == int(case["out", "kept_visual_after_stage"])
+
+
+def check_sparsevlm_v2(case):
+    attention, keep, count = case.tensor("attn_rater_to_vis"), *case.params("keep", "heads_kept")
+    heads = sparsevlm.strongest_heads(attention, count)
+    np.testing.assert_array_equal(heads.numpy(), case["out", "heads"])
+    score = attention[heads].mean(dim=(0, 1))
+    torch.testing.assert_close(score, case.tensor("relation", "out"), atol=1e-6, rtol=1e-4)
+    method = SparseVLM(keep=0.5, version="v2", heads=count, prior=False)
+    object.__setattr__(method, "target", lambda stage, total: keep)
+    raters = case["param", "raters"]
+    rows = max(raters) + 1
+    full = torch.zeros(len(attention), rows, attention.shape[2])
+    full[:, raters] = attention
+    # embeddings that make exactly these words raters
+    words = torch.full((rows, 1), -1.0)
+    words[raters] = 1.0
+    signals = {
+        "text_attention": full,
+        "text_input": words,
+        "visual_input": torch.ones(attention.shape[2], 1),
+        "entered": torch.tensor(attention.shape[2]),
+    }
+    found = method.select(signals, line(attention.shape[2]), 0).keep
+    np.testing.assert_array_equal(found.numpy(), case["out", "vis_keep"])
+
+
+CHECKS = {
+    "fastv": check_fastv,
+    "pyramiddrop": check_pyramiddrop,
+    "sparsevlm": check_sparsevlm,
+    "sparsevlm_v2": check_sparsevlm_v2,
+    "visiondrop": check_visiondrop,
+}
+CASES = {
+    f"{method}-{name}": (method, case)
+    for method in golden_methods(FAMILY)
+    if method in CHECKS
+    for name, case in golden_cases(FAMILY, method).items()
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_tokens_in_the_language_model(case):
+    method, values = CASES[case]
+    CHECKS[method](values)
