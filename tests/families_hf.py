@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -87,21 +85,25 @@ FILES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 FAMILIES = tuple(FILES)
 
 
-@dataclass(frozen=True)
 class Tiny:
     """A family's folder of files, what we read from it, and the processor of transformers for it."""
 
-    family: str
-    folder: Path
-    spec: PreprocessSpec
-    tokenizer: Any
-    processor: Any
+    def __init__(self, family: str, folder: Path, spec: PreprocessSpec, tokenizer: Any, processor: Any) -> None:
+        self.family, self.folder, self.spec, self.tokenizer, self.processor = family, folder, spec, tokenizer, processor
 
     def reference(self, messages: Sequence[dict[str, Any]], pictures: list[Image.Image]) -> Any:
         """What transformers makes of messages with parts {"type": "image"} and the pictures, as numpy arrays."""
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         images: Any = pictures if self.family in ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl") else [pictures]
         return self.processor(images=images or None, text=[text], return_tensors="np")
+
+
+class Clips(dict):
+    """What a processor asks of its video processor; the real ones need torchvision."""
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(fields)
+        self.__dict__.update(fields)
 
 
 def tokenizer_of(spec: PreprocessSpec) -> Any:
@@ -141,7 +143,7 @@ def tiny(family: str, folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -
     if family in ("llava", "llava_next"):
         more |= {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
     if DEFAULTS[family].get("video_token"):
-        more["video_processor"] = SimpleNamespace(
+        more["video_processor"] = Clips(
             merge_size=2, temporal_patch_size=2, model_input_names=[], num_frames=None, fps=None
         )
     lengths = {"llava_onevision": "num_image_tokens", "internvl": "image_seq_length"}

@@ -145,7 +145,7 @@ class FamilyCodec(ChatCodec):
         return None
 
     def _label(self, text: str, answers: list[tuple[int, int]] | None) -> tuple[tuple[int, ...], list[int]]:
-        """(ids, labels) of a text: tokens that reach into an answer, and a special token right behind it."""
+        """(ids, labels) of a text: tokens that reach into an answer, and the special token behind it (after blanks)."""
         if self._backend is None or answers is None:
             _warn_once("align", "an answer could not be told apart from the chat template; its sample gives no loss")
             ids = self.encode(text)
@@ -153,14 +153,17 @@ class FamilyCodec(ChatCodec):
         encoding = self._backend.encode(text, add_special_tokens=False)
         ids, labels, specials = tuple(encoding.ids), [IGNORE] * len(encoding.ids), set(self._special_ids())
         for start, end in answers:
-            behind = True
+            behind: list[int] = []
             for k, (left, right) in enumerate(encoding.offsets):
                 if left < end and right > start:
                     labels[k] = ids[k]
-                elif left >= end and behind and right > left:
-                    behind = False
+                elif left >= end:
+                    behind.append(k)
                     if ids[k] in specials:
-                        labels[k] = ids[k]
+                        for index in behind:
+                            labels[index] = ids[index]
+                    if ids[k] in specials or text[left:right].strip():
+                        break
         return ids, labels
 
     def _special_ids(self) -> list[int]:

@@ -445,11 +445,24 @@ def _block_ids(
     return out
 
 
+_SMALLER = {
+    "anyres": "smaller canvases (pinpoints)",
+    "dynamic": "fewer tiles (max_tiles)",
+    "native": "fewer pixels (max_area, video_max_area)",
+    "split": "a smaller longest side (edge)",
+} | dict.fromkeys(("crop", "resize", "pad"), "fewer pictures")
+"""What makes a picture of a family cost less, by mode."""
+
+
 def _check_context(made: Plan, tokens: int, limit: int | None) -> None:
     if limit is not None and tokens > limit:
         raise BudgetError(
             f"the prompt needs {tokens:,} tokens ({made.num_visual:,} visual); the limit is {limit:,} (max_context); "
-            "use fewer frames (num_frames), fewer tiles (max_tiles), or mode 'resize'"
+            + (
+                f"use fewer frames (num_frames) or {_SMALLER[made.spec.mode]}"
+                if made.spec.family
+                else "use fewer frames (num_frames), fewer tiles (max_tiles), or mode 'resize'"
+            )
         )
 
 
