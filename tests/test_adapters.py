@@ -2,104 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
-import foveate
-from families import CLIPS, FAMILIES, clip, picture, tiny
+from families import FAMILIES, picture, tiny
 from foveate.data.execute import Inputs, normalise
 from foveate.data.plan import Plan
-from foveate.errors import CheckpointError, UnsupportedError
+from foveate.errors import UnsupportedError
 from foveate.vlm import VLM, Request
-
-MIXES = {
-    "picture": [picture(0)],
-    "tall picture": [picture(1, 24, 90)],
-    "pictures": [picture(2), picture(3, 40, 64)],
-    "text": [],
-    "clip": [clip(0)],
-    "clip and picture": [clip(1, 4), picture(4)],
-}
-CASES = [(f, m) for f in FAMILIES for m in MIXES if "clip" not in m or f in CLIPS]
-QWEN = [family for family in FAMILIES if family.startswith("qwen")]
+from plain_hf import CASES, MIXES, QWEN, plain, prepared
 
 
 @pytest.fixture(autouse=True)
 def no_gradients():
     with torch.inference_mode():
         yield
-
-
-def prepared(vlm: VLM, mix: str, text: str = "What is it?") -> tuple[Plan, Inputs]:
-    plan = vlm.plan(Request(text, MIXES[mix]).to_messages())
-    return plan, vlm.prepare(plan)
-
-
-def patches(pixels: Tensor, spec: Any, kind: str) -> Tensor:
-    """Qwen's patches one by one: those of a merged token together, tokens in raster order, frames in pairs."""
-    size, merge, times = spec.patch_size, spec.downsample, spec.temporal_patch
-    if kind == "image":
-        pixels = torch.stack([pixels[0]] * times)
-    rows, cols = pixels.shape[2] // size // merge, pixels.shape[3] // size // merge
-    out = []
-    for t in range(0, len(pixels), times):
-        for token in range(rows * cols):
-            for cell in range(merge * merge):
-                y = (token // cols * merge + cell // merge) * size
-                x = (token % cols * merge + cell % merge) * size
-                out.append(pixels[t : t + times, :, y : y + size, x : x + size].transpose(0, 1).flatten())
-    return torch.stack(out)
-
-
-def plain(vlm: VLM, plan: Plan, inputs: Inputs) -> dict[str, Tensor]:
-    """What the family's own `forward` and `generate` take for one request."""
-    family, spec = vlm.adapter.family, vlm.spec
-    ids = torch.as_tensor(plan.input_ids)[None]
-    kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    pixels = {
-        kind: [normalise(item.pixels, spec) for item in inputs.media if item.kind == kind]
-        for kind in ("image", "video")
-    }
-    if family in QWEN:
-        kwargs["mm_token_type_ids"] = (ids == vlm.model.config.image_token_id) + 2 * (
-            ids == vlm.model.config.video_token_id
-        )
-        for kind, name, grid in (
-            ("image", "pixel_values", "image_grid_thw"),
-            ("video", "pixel_values_videos", "video_grid_thw"),
-        ):
-            if pixels[kind]:
-                kwargs[name] = torch.cat([patches(part, spec, kind) for part in pixels[kind]])
-                kwargs[grid] = torch.tensor([item.grid for item in inputs.media if item.kind == kind])
-        if family == "qwen2_5_vl" and pixels["video"]:
-            seconds = [media.seconds_per_unit for media in plan.media if media.kind == "video"]
-            kwargs["second_per_grid_ts"] = torch.tensor(seconds)
-        return kwargs
-    if family in ("internvl", "smolvlm"):  # one stream of views, frames among them
-        views = [normalise(item.pixels, spec) for item in inputs.media]
-    else:
-        views = pixels["image"]
-    if views:
-        kwargs["pixel_values"] = torch.cat(views)
-        if family in ("smolvlm", "idefics3"):
-            kwargs["pixel_values"] = kwargs["pixel_values"][None]
-    if family in ("llava_next", "llava_onevision") and pixels["image"]:
-        kwargs["image_sizes"] = torch.tensor([item.size[::-1] for item in inputs.media if item.kind == "image"])
-    if family == "llava_onevision":
-        if pixels["image"]:
-            kwargs["batch_num_images"] = torch.tensor([len(pixels["image"])])
-        if pixels["video"]:
-            kwargs["pixel_values_videos"] = torch.stack(pixels["video"])
-    return kwargs
 
 
 @pytest.mark.parametrize(("family", "mix"), CASES)
@@ -304,111 +225,3 @@ def test_tower_in_pieces_gives_the_patches(family: str):
     index = adapter.view_index(plan)
     (encoded,) = adapter.encode([inputs], [plan], stop="post_encoder")
     torch.testing.assert_close(adapter.tower_finish(hidden)[index[:, 0], index[:, 1]], encoded.features)
-
-
-# ---- folders
-
-
-def same_weights(one: VLM, other: VLM) -> bool:
-    """Bit for bit, buffers included."""
-    left, right = (
-        {name: value for model in (vlm.model,) for name, value in (*model.named_parameters(), *model.named_buffers())}
-        for vlm in (one, other)
-    )
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_folder_is_a_plain_checkpoint(family: str, tmp_path: Path):
-    vlm = tiny(family)
-    plan, inputs = prepared(vlm, "picture")
-    expected = vlm.logits(Request("What is it?", MIXES["picture"]))
-    vlm.save(tmp_path / "model")
-    again = foveate.load(tmp_path / "model", device="cpu")
-    assert again.adapter.family == family and again.spec == vlm.spec
-    assert same_weights(again, vlm)
-    torch.testing.assert_close(again.logits(Request("What is it?", MIXES["picture"])), expected, atol=1e-5, rtol=0)
-    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
-    assert type(theirs) is type(vlm.model)
-    torch.testing.assert_close(theirs(**plain(vlm, plan, inputs)).logits[0, -1], expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_folder_that_transformers_wrote_is_read(family: str, tmp_path: Path):
-    vlm = tiny(family)
-    vlm.model.save_pretrained(tmp_path)
-    vlm.tokenizer.save_pretrained(tmp_path)
-    spec = vlm.spec.to_dict()
-    (tmp_path / "preprocess.json").write_text(json.dumps(spec))
-    again = foveate.load(tmp_path, device="cpu")
-    assert same_weights(again, vlm)
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llava") / "model"
-    tiny("llava").save(folder)
-    return folder
-
-
-@pytest.fixture
-def broken(saved: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "broken"))
-
-
-def edit(folder: Path, name: str, **changes: Any) -> None:
-    data = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps({**data, **changes}))
-
-
-def test_a_missing_tensor_is_named(broken: Path):
-    tensors = load_file(broken / "model.safetensors")
-    del tensors["model.multi_modal_projector.linear_2.weight"]
-    save_file(tensors, broken / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"'model.multi_modal_projector.linear_2.weight' is missing.*\(32, 32\)"):
-        foveate.load(broken)
-
-
-def test_a_wrong_shape_is_named(broken: Path):
-    tensors = load_file(broken / "model.safetensors")
-    tensors["lm_head.weight"] = torch.zeros(280, 16)
-    save_file(tensors, broken / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"lm_head.weight.*has shape \(280, 16\), the config expects \(280, 32\)"):
-        foveate.load(broken)
-
-
-def test_a_pickle_is_refused(broken: Path):
-    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle, which can run code; convert"):
-        foveate.load(broken)
-
-
-def test_what_does_not_fit_is_said(broken: Path):
-    edit(broken, "config.json", quantization_config={"quant_method": "awq"})
-    with pytest.raises(CheckpointError, match="is quantized with awq; give the folder of the unquantized checkpoint"):
-        foveate.load(broken)
-    edit(broken, "config.json", quantization_config=None, image_token_index=3)
-    with pytest.raises(CheckpointError, match="'<image>' is token 260 of the tokenizer, but image_token_id is 3"):
-        foveate.load(broken)
-    edit(broken, "config.json", image_token_index=260, vision_feature_layer=[-2, -1])
-    with pytest.raises(CheckpointError, match=r"vision_feature_layer is \[-2, -1\]: connectors that join several"):
-        foveate.load(broken)
-    edit(broken, "config.json", vision_feature_layer=-2, vision_feature_select_strategy="full")
-    with pytest.raises(CheckpointError, match="with a clip_vision_model tower only 'default' is supported"):
-        foveate.load(broken)
-    (broken / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match=r"has no tokenizer.json; copy the tokenizer files"):
-        foveate.load(broken)
-
-
-def test_an_error_while_saving_leaves_the_old_folder(broken: Path, monkeypatch: pytest.MonkeyPatch):
-    before = sorted((path.name, path.read_bytes()) for path in broken.iterdir())
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(foveate.files, "save_file", fail)
-    with pytest.raises(CheckpointError, match="No space left on device; nothing was changed"):
-        tiny("llava").save(broken)
-    assert sorted((path.name, path.read_bytes()) for path in broken.iterdir()) == before
-    assert sorted(path.name for path in broken.parent.iterdir()) == ["broken"]

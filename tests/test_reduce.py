@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import foveate
-from foveate.adapters.base import received_attention
 from foveate.adapters.layout import NEWLINE, VALID, VisualLayout
+from foveate.adapters.tower import received
 from foveate.errors import RecipeError, UnsupportedError
 from foveate.recipe import Recipe
 from foveate.reduce.base import Reduction, Scorer, evenly, tokens_per_layer, top_k
@@ -298,9 +298,9 @@ def test_received_attention_is_that_of_the_layer():
 
 def test_received_attention_is_the_same_in_small_pieces():
     query, key = torch.randn(5, 9, 8), torch.randn(5, 9, 8)
-    whole = received_attention(query, key, 2, 0.5)
-    torch.testing.assert_close(received_attention(query, key, 2, 0.5, limit=1), whole)
-    torch.testing.assert_close(whole.sum(dim=1), torch.ones(5))
+    whole = received(query, key, 2, 0.5)
+    torch.testing.assert_close(received(query, key, 2, 0.5, limit=1), whole)
+    torch.testing.assert_close(whole.sum(dim=1), torch.ones(5, 2))
 
 
 def test_the_most_attended_patch_is_the_token_at_its_place(models):

@@ -6,10 +6,8 @@ request: what a request needs is passed in and handed back, so requests with dif
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -37,8 +35,9 @@ class Encoded:
     """What the encoder makes of one request.
 
     features: [N, D] on the model's device, all pictures and clips in prompt order, separators left out.
-    signals: name -> [N] float32 on the CPU, aligned with `features` (see `Adapter.signals`). deep: for each of the
-    first decoder layers what is added at the visual tokens to its output, [N, D] as the features (most families: none).
+    signals: name -> [N, ...] float32, aligned with `features`; signals of CLS itself have a row for each encoded view
+    (see `Adapter.signals`). deep: for each of the first decoder layers what is added at the visual tokens to its
+    output, [N, D] as the features (most families: none).
     """
 
     features: Tensor
@@ -145,6 +144,11 @@ class Adapter(ABC):
         """Token ids that stand for visual features in `Plan.input_ids`."""
 
     @property
+    def takes_clips(self) -> bool:
+        """Whether clips may be asked about, beside pictures."""
+        return not self.spec.family or bool(self.spec.video_token)
+
+    @property
     def max_context(self) -> int:
         """Tokens, visual and text, that the language model takes."""
         return int(self.text_config.max_position_embeddings)
@@ -201,42 +205,3 @@ class Adapter(ABC):
     def new_cache(self) -> Cache:
         """The dense cache of one batch of requests."""
         return DynamicCache(config=self.model.config)
-
-
-@contextmanager
-def capture(modules: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the outputs of `modules` in this thread while the block runs: name -> one tensor per call.
-
-    Other threads' requests pass through untouched, and the hooks go whatever happens.
-    """
-    owner, found = threading.get_ident(), {name: [] for name in modules}
-
-    def hook(name: str) -> Any:
-        def collect(module: nn.Module, args: Any, output: Tensor) -> None:
-            if threading.get_ident() == owner:
-                found[name].append(output)
-
-        return collect
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def received_attention(query: Tensor, key: Tensor, heads: int, scaling: float, limit: int = 1 << 25) -> Tensor:
-    """How much attention each patch receives: mean over heads and queries of softmax(q k^T * scaling).
-
-    query, key: [n, P, heads * d], as the projections give them. Returns [n, P] float32; each row has mean 1 / P.
-    limit: attention entries held at a time; views are taken in turns so that memory stays bounded.
-    """
-    n, patches, _ = query.shape
-    q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))  # [n, heads, P, d]
-    step = max(1, limit // (heads * patches * patches))
-    rows = []
-    for start in range(0, n, step):
-        weights = (q[start : start + step] @ k[start : start + step].transpose(-1, -2)).float() * scaling
-        rows.append(weights.softmax(dim=-1).mean(dim=(1, 2)))
-    return torch.cat(rows)

@@ -7,6 +7,7 @@ only. A saved folder is a plain transformers checkpoint with two more files: `pr
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +19,7 @@ from transformers import Cache, GenerationConfig, PreTrainedTokenizerFast
 
 from foveate.adapters.base import COMMON_SIGNALS, Adapter
 from foveate.adapters.layouts import layout
+from foveate.adapters.sizes import Sizes
 from foveate.adapters.tower import PATCH_SIGNALS
 from foveate.data.spec import PreprocessSpec
 from foveate.errors import CheckpointError
@@ -89,6 +91,16 @@ class HfAdapter(Adapter):
         """Raise CheckpointError for a variant of the family that this adapter does not cover."""
 
     @classmethod
+    @abstractmethod
+    def sizes(cls, config: Any) -> Sizes:
+        """What the tower and the connector of a model with this config cost."""
+
+    @classmethod
+    def describe(cls, path: Path) -> tuple[Any, PreprocessSpec]:
+        """Config and preprocessing of a checkpoint folder, without its weights."""
+        return cls._config(path), _spec(path)
+
+    @classmethod
     def load(
         cls,
         path: Path,
@@ -98,9 +110,8 @@ class HfAdapter(Adapter):
         attn: str | None,
         prepare: Callable[[dict[str, nn.Module]], None] | None = None,
     ) -> HfAdapter:
-        config = cls._config(path)
+        config, spec = cls.describe(path)
         tokenizer = _tokenizer(path)
-        spec = _spec(path)
         cls.check_config(config)
         _check_tokens(tokenizer, spec, config, path)
         tensors = {cls.canonical(stored.key): stored for stored in stored_tensors(path)}

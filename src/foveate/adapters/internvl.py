@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from foveate.adapters.sizes import Sizes
 from foveate.adapters.tower import Attention
 from foveate.adapters.views import ViewsAdapter
 from foveate.errors import CheckpointError
@@ -25,6 +26,21 @@ class InternVLAdapter(ViewsAdapter):
                 f"vision_feature_layer {config.vision_feature_layer} with vision_feature_select_strategy "
                 f"{config.vision_feature_select_strategy!r} is not supported; InternVL has -1 and 'default'"
             )
+
+    @classmethod
+    def sizes(cls, config: Any) -> Sizes:
+        vision, width = config.vision_config, config.get_text_config().hidden_size
+        joined = round(1 / config.downsample_ratio) ** 2
+        return Sizes(
+            layers=cls.used_blocks(config),
+            width=vision.hidden_size,
+            mlp=vision.intermediate_size,
+            heads=vision.num_attention_heads,
+            patch_inputs=vision.num_channels * vision.patch_size[0] * vision.patch_size[1],
+            connector=((vision.hidden_size * joined, width), (width, width)),
+            joined=joined,
+            cls=1,
+        )
 
     @property
     def has_cls(self) -> bool:

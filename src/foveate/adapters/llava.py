@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from foveate.adapters.sizes import Sizes
 from foveate.adapters.views import ViewsAdapter
 from foveate.errors import CheckpointError
 
@@ -37,6 +38,19 @@ class LlavaAdapter(ViewsAdapter):
             raise CheckpointError(
                 f"vision_feature_select_strategy is {strategy!r}; with a {kind} tower only {wanted!r} is supported"
             )
+
+    @classmethod
+    def sizes(cls, config: Any) -> Sizes:
+        vision, width = config.vision_config, config.get_text_config().hidden_size
+        return Sizes(
+            layers=cls.used_blocks(config),
+            width=vision.hidden_size,
+            mlp=vision.intermediate_size,
+            heads=vision.num_attention_heads,
+            patch_inputs=vision.num_channels * vision.patch_size**2,
+            connector=((vision.hidden_size, width), (width, width)),
+            cls=int(vision.model_type == "clip_vision_model"),
+        )
 
     def embed_views(self, pixels: Tensor) -> Tensor:
         embedded = super().embed_views(pixels)

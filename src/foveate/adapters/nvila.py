@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
-from foveate.adapters.base import COMMON_SIGNALS, Adapter, Encoded, capture, received_attention
+from foveate.adapters.base import COMMON_SIGNALS, Adapter, Encoded
 from foveate.adapters.layout import NEWLINE, VALID, VisualLayout
+from foveate.adapters.tower import PATCH_SIGNALS, Asked, Attention, States, asked, capture, measure
 from foveate.data.execute import normalise
 from foveate.nvila.features import join_scales, join_tiles, pool_frames, split_tiles, tiles_per_image
 
@@ -59,7 +60,7 @@ class NvilaAdapter(Adapter):
 
     @property
     def signals(self) -> tuple[str, ...]:
-        return (*COMMON_SIGNALS, "received_attention")
+        return (*COMMON_SIGNALS, *PATCH_SIGNALS)
 
     @property
     def num_blocks(self) -> int:
@@ -68,6 +69,16 @@ class NvilaAdapter(Adapter):
     @property
     def num_heads(self) -> int:
         return self.model.config.vision_config.num_attention_heads
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks of the tower that are used."""
+        return self.model.vision_tower.encoder.layers[: self.num_blocks]
+
+    def attention_of(self, block: nn.Module) -> Attention:
+        """How a block attends."""
+        own: Any = block.self_attn
+        return Attention(own.q_proj, own.k_proj, own.v_proj, own.out_proj, own.num_heads, own.scale)
 
     @property
     def placeholders(self) -> tuple[int, ...]:
@@ -95,74 +106,85 @@ class NvilaAdapter(Adapter):
         *,
         stop: str = "post_projector",
     ) -> list[Encoded]:
-        attention = "received_attention" in signals
+        wanted = asked(signals, self.signals, self.num_blocks)
         with_images = [i for i in inputs if i.views is not None]
         grids = [(rows, cols) for i in with_images for rows, cols in i.image_grids.tolist()]
-        images, image_maps = self._run([i.views for i in with_images], grids, False, attention)
+        images, image_maps = self._run([i.views for i in with_images], grids, False, wanted)
         with_clips = [i for i in inputs if i.frames is not None]
         lengths = [count for i in with_clips for count in i.video_frames.tolist()]
-        clips, clip_maps = self._run([i.frames for i in with_clips], lengths, True, attention)
-        pools = {"image": (iter(images), iter(image_maps)), "video": (iter(clips), iter(clip_maps))}
-        out = []
-        for plan in plans:
-            parts = [part for media in plan.media for part in _take(pools[media.kind][0], media.num_features)]
-            features = torch.cat(parts) if parts else self.model.get_input_embeddings().weight.new_zeros(0, 0)
-            found: dict[str, Tensor] = {}
-            if attention:
-                maps = [part for media in plan.media for part in _take(pools[media.kind][1], media.num_features)]
-                found["received_attention"] = torch.cat(maps) if maps else torch.zeros(0)
-            out.append(Encoded(features, found))
+        clips, clip_maps = self._run([i.frames for i in with_clips], lengths, True, wanted)
+        nothing = self.model.get_input_embeddings().weight.new_zeros(0, 0)
+
+        def of_requests(images: list[Tensor], clips: list[Tensor], empty: Tensor) -> Iterator[Tensor]:
+            pools = {"image": iter(images), "video": iter(clips)}
+            for plan in plans:
+                parts = [part for media in plan.media for part in _take(pools[media.kind], media.num_features)]
+                yield torch.cat(parts) if parts else empty
+
+        out = [Encoded(part) for part in of_requests(images, clips, nothing)]
+        for name in image_maps:
+            for encoded, part in zip(out, of_requests(image_maps[name], clip_maps[name], torch.zeros(0))):
+                encoded.signals[name] = part
         return out
 
     def _run(
-        self, squares: list[np.ndarray], units: list[Any], video: bool, attention: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Features, and attention per token, of each picture (units: grids) or clip (units: numbers of frames).
+        self, squares: list[np.ndarray], units: list[Any], video: bool, wanted: list[Asked]
+    ) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """Features, and signals by name, of each picture (units: grids) or clip (units: numbers of frames).
 
         squares: [n, 3, S, S] uint8 each. Pixels are normalised one pass at a time: as floats they take four times more.
         """
+        features: list[Tensor] = []
+        maps: dict[str, list[Tensor]] = {ask.name: [] for ask in wanted}
         if not units:
-            return [], []
+            return features, maps
         flat = np.concatenate(squares)
         counts = units if video else [tiles_per_image(grid, self.spec) for grid in units]
         limit = max(1, PATCHES_PER_PASS.get(self.model.device.type, 1 << 14) // self.spec.side**2)
-        features: list[Tensor] = []
-        maps: list[Tensor] = []
+        watched: dict[str, nn.Module] = {}
+        for index in {ask.block for ask in wanted}:
+            facts = self.attention_of(self.blocks[index])
+            watched |= {
+                f"q{index}": facts.q,
+                f"k{index}": facts.k,
+                f"v{index}": facts.v,
+                f"{index}": self.blocks[index],
+            }
         start = 0
         for first, last, size in _chunks(counts, limit):
             part = normalise(flat[start : start + size], self.spec).to(self.model.device, self.model.dtype)
             start += size
             method = self.model.get_video_features if video else self.model.get_image_features
-            if not attention:
+            with capture(watched) as seen:
                 features += method(part, units[first:last]).pooler_output
-                continue
-            layer = self.model.vision_tower.encoder.layers[self.model.config.num_vision_layers - 1].self_attn
-            with capture({"q": layer.q_proj, "k": layer.k_proj}) as seen:
-                features += method(part, units[first:last]).pooler_output
-            views = received_attention(torch.cat(seen["q"]), torch.cat(seen["k"]), layer.num_heads, layer.scale)
-            for unit, scores in zip(units[first:last], views.split(counts[first:last])):
-                maps.append(self._to_tokens(scores, unit, video).cpu())
+            for ask in wanted:
+                states = States(*(torch.cat(seen[f"{kind}{ask.block}"]) for kind in ("q", "k", "v", "")))
+                facts = self.attention_of(self.blocks[ask.block])
+                views = measure(ask.kind, states, facts.heads, facts.scale, cls=False)
+                views = views.mean(dim=-1) if ask.averaged else views
+                for unit, values in zip(units[first:last], views.split(counts[first:last])):
+                    maps[ask.name].append(self._to_tokens(values, unit, video))
         return features, maps
 
-    def _to_tokens(self, scores: Tensor, unit: Any, video: bool) -> Tensor:
-        """Scores of patches [views, side*side] of one picture or clip -> [N] of its tokens, in their order.
+    def _to_tokens(self, values: Tensor, unit: Any, video: bool) -> Tensor:
+        """Values of patches [views, side*side, ...] of one picture or clip -> [N, ...] of its tokens, in their order.
 
         The views take the path of the features: Dynamic-S2 scales are stitched, resized by area to the map of the
         connector and averaged with equal weight (each view's attention has the same mean); then the mean over each
         r x r cell, cells that reach into the connector's padding counting their real patches only; clips are then
         averaged over their frame groups.
         """
-        spec = self.spec
-        maps = scores.float().unflatten(1, (spec.side, spec.side))[..., None]  # [views, side, side, 1]
+        spec, tail = self.spec, values.shape[2:]
+        maps = values.float().reshape(len(values), spec.side, spec.side, -1)  # [views, side, side, F]
         if video:
             cells = _cells(maps, spec)
             levels = [pool_frames(cells, level) for level in self.model.config.video_pool_sizes or [[1, 1, 1]]]
-            return torch.cat([level.flatten() for level in levels])
+            return torch.cat([level.reshape(-1, *tail) for level in levels])
         if spec.mode != "dynamic_s2":
-            return _cells(maps, spec).flatten()
+            return _cells(maps, spec).reshape(-1, *tail)
         joined, block = join_scales(maps[None], unit, spec)
-        chunks = split_tiles(joined.mean(dim=-1, keepdim=True), *block)[0]
-        return join_tiles(_cells(chunks, spec)[None], *block).flatten()
+        chunks = split_tiles(joined.unflatten(-1, (-1, maps.shape[-1])).mean(dim=-2), *block)[0]
+        return join_tiles(_cells(chunks, spec)[None], *block).reshape(-1, *tail)
 
     # ---- language model
 
@@ -190,7 +212,7 @@ def _chunks(counts: list[int], limit: int) -> list[tuple[int, int, int]]:
 
 
 def _cells(maps: Tensor, spec: PreprocessSpec) -> Tensor:
-    """[n, side, side, 1] -> [n, token_side, token_side, 1], the mean over the real patches of each cell."""
+    """[n, side, side, F] -> [n, token_side, token_side, F], the mean over the real patches of each cell."""
     pooled = F.avg_pool2d(maps.permute(0, 3, 1, 2), spec.downsample, ceil_mode=True, count_include_pad=False)
     return pooled.permute(0, 2, 3, 1)
 

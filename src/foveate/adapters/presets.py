@@ -115,9 +115,9 @@ for _name, _preset in {
         },
     ),
     "llava-onevision-0.5b": HfPreset(
-        "llava_onevision", _SIGLIP_384, _QWEN2_05B | {"vocab_size": 152000, "tie_word_embeddings": True}
+        "llava_onevision", _SIGLIP_384, _QWEN2_05B | {"vocab_size": 151936, "tie_word_embeddings": True}
     ),
-    "llava-onevision-7b": HfPreset("llava_onevision", _SIGLIP_384, _QWEN2_7B | {"vocab_size": 152128}),
+    "llava-onevision-7b": HfPreset("llava_onevision", _SIGLIP_384, _QWEN2_7B | {"vocab_size": 152064}),
     "qwen2.5-vl-3b": HfPreset(
         "qwen2_5_vl",
         _QWEN25_VISION | {"out_hidden_size": 2048},
@@ -205,6 +205,19 @@ def _field(name: str, known: dict[str, Any]) -> str | None:
     return next((n for n in (name, name.replace("_id", "_index")) if n in known), None)
 
 
+def describe(name: str) -> tuple[type[HfAdapter], Any, PreprocessSpec]:
+    """(adapter class, config, preprocessing) of a preset, without a model."""
+    preset = PRESETS.get(name)
+    spec = family_spec(preset.family, **preset.spec)
+    return ADAPTERS.get(preset.family), config_of(preset, spec, _tokenizer(spec)), spec
+
+
+def _tokenizer(spec: PreprocessSpec) -> Any:
+    tokenizer = byte_tokenizer(family_tokens(spec))
+    tokenizer.chat_template = family_template(spec)
+    return tokenizer
+
+
 def build(
     preset: HfPreset,
     dtype: torch.dtype = torch.float32,
@@ -215,8 +228,7 @@ def build(
     """The adapter around a model of random weights, with a tokenizer of bytes."""
     kind = ADAPTERS.get(preset.family)
     spec = family_spec(preset.family, **preset.spec)
-    tokenizer = byte_tokenizer(family_tokens(spec))
-    tokenizer.chat_template = family_template(spec)
+    tokenizer = _tokenizer(spec)
     config = config_of(preset, spec, tokenizer)
     kind.check_config(config)
     return kind(randomise(empty(kind.model_class(), config, attn), dtype, device, seed), tokenizer, spec)

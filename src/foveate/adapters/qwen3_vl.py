@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from foveate.adapters.qwen_vl import Qwen2VLAdapter
+from foveate.adapters.sizes import Sizes
 
 
 class Qwen3VLAdapter(Qwen2VLAdapter):
@@ -16,6 +17,10 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
 
     family = "qwen3_vl"
     architecture = "Qwen3VLForConditionalGeneration"
+
+    @classmethod
+    def sizes(cls, config: Any) -> Sizes:
+        return cls._sizes(config, config.vision_config.hidden_size, config.vision_config.intermediate_size)
 
     def embed(
         self, input_ids: Tensor, features: Tensor, *, deep: Sequence[Tensor] = (), newlines: Tensor | None = None

@@ -18,6 +18,7 @@ from foveate.adapters.base import Encoded
 from foveate.adapters.compat import window_order
 from foveate.adapters.hf import PATCHES_PER_PASS, HfAdapter
 from foveate.adapters.layouts import mrope
+from foveate.adapters.sizes import Sizes
 from foveate.adapters.tower import Asked, Attention, asked, capture, received
 from foveate.data.execute import normalise
 
@@ -50,6 +51,28 @@ class Qwen2VLAdapter(HfAdapter):
             "mm_projector": nn.ModuleDict(connector),
             "llm": model.model.language_model,
         }
+
+    @classmethod
+    def sizes(cls, config: Any) -> Sizes:
+        vision = config.vision_config
+        width = vision.embed_dim
+        return cls._sizes(config, width, int(width * vision.mlp_ratio))
+
+    @staticmethod
+    def _sizes(config: Any, width: int, mlp: int, **more: Any) -> Sizes:
+        vision = config.vision_config
+        joined = vision.spatial_merge_size**2
+        merger = ((joined * width, joined * width), (joined * width, config.get_text_config().hidden_size))
+        return Sizes(
+            layers=vision.depth,
+            width=width,
+            mlp=mlp,
+            heads=vision.num_heads,
+            patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            connector=merger * (1 + len(getattr(vision, "deepstack_visual_indexes", ()))),
+            joined=joined,
+            **more,
+        )
 
     @property
     def tower(self) -> Any:
@@ -193,6 +216,18 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
 
     family = "qwen2_5_vl"
     architecture = "Qwen2_5_VLForConditionalGeneration"
+
+    @classmethod
+    def sizes(cls, config: Any) -> Sizes:
+        vision = config.vision_config
+        return cls._sizes(
+            config,
+            vision.hidden_size,
+            vision.intermediate_size,
+            mlp_matrices=3,
+            full_layers=len(vision.fullatt_block_indexes),
+            window=(vision.window_size // vision.patch_size) ** 2,
+        )
 
     @property
     def seconds(self) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters.sizes import Sizes
 from foveate.adapters.views import ViewsAdapter
 
 
@@ -23,13 +24,26 @@ class SmolVLMAdapter(ViewsAdapter):
         inner = model.model
         return {"vision_tower": inner.vision_model, "mm_projector": inner.connector, "llm": inner.text_model}
 
+    @classmethod
+    def used_blocks(cls, config: Any) -> int:
+        return config.vision_config.num_hidden_layers
+
+    @classmethod
+    def sizes(cls, config: Any) -> Sizes:
+        vision, joined = config.vision_config, config.scale_factor**2
+        return Sizes(
+            layers=vision.num_hidden_layers,
+            width=vision.hidden_size,
+            mlp=vision.intermediate_size,
+            heads=vision.num_attention_heads,
+            patch_inputs=vision.num_channels * vision.patch_size**2,
+            connector=((vision.hidden_size * joined, config.get_text_config().hidden_size),),
+            joined=joined,
+        )
+
     @property
     def tower(self) -> Any:
         return self.model.model.vision_model
-
-    @property
-    def num_blocks(self) -> int:
-        return len(self.tower.encoder.layers)
 
     def embed_views(self, pixels: Tensor) -> Tensor:
         side = self.spec.side

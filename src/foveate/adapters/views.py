@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 class ViewsAdapter(HfAdapter):
     """A family says what its tower is: `tower`, `blocks`, `embed_views`, `finish`, and what its connector does."""
 
+    @classmethod
+    def used_blocks(cls, config: Any) -> int:
+        """Blocks of the tower up to the one whose states the connector takes."""
+        layer = config.vision_feature_layer
+        return layer if layer >= 0 else config.vision_config.num_hidden_layers + 1 + layer
+
     @property
     def tower(self) -> Any:
         """The vision tower."""
@@ -42,8 +48,7 @@ class ViewsAdapter(HfAdapter):
 
     @property
     def num_blocks(self) -> int:
-        layer = self.model.config.vision_feature_layer
-        return layer if layer >= 0 else self.model.config.vision_config.num_hidden_layers + 1 + layer
+        return self.used_blocks(self.model.config)
 
     @property
     def num_heads(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,8 @@ from foveate.tasks.yesno import pope_metrics
 
 if TYPE_CHECKING:
     from foveate.vlm import VLM
+
+_log = logging.getLogger("foveate")
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,12 @@ def evaluate(
 
         vlm = (Recipe.parse(recipe) if isinstance(recipe, str) else recipe).apply(vlm)
     results: dict[str, Any] = {}
+    without_clips: list[str] = []
     for task in chosen:
         items = task.items(limit, seed, folder)
+        if len(chosen) > 1 and not vlm.adapter.takes_clips and items and all(map(_shows_clips, items)):
+            without_clips.append(task.name)
+            continue
         found, skipped = _run_task(vlm, task, items, reduce, batch_size, num_frames, progress)
         if not found:
             reason = next(iter({**task.skipped, **skipped}.values()), "it has no questions")
@@ -74,6 +81,11 @@ def evaluate(
         if records is not None:
             records.extend(found)
         results[task.name] = _summary(task, items, found, len(task.skipped) + len(skipped))
+    if without_clips:
+        text = f"{vlm.adapter.family} takes no clips, so these tasks are left out: {', '.join(without_clips)}"
+        if not results:
+            raise InputError(f"{text}; there is no other task")
+        _log.warning(text)
     return {
         "model": vlm.name,
         "recipe": recipe_text(vlm, reduce),
@@ -81,6 +93,13 @@ def evaluate(
         "mean": sum(row["accuracy"] for row in results.values()) / len(results),
         "seconds": round(time.monotonic() - start, 3),
     }
+
+
+def _shows_clips(item: Item) -> bool:
+    """Whether a question is about a clip."""
+    contents = [message["content"] for message in item.messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, dict) and str(part.get("type")).startswith("video") for part in parts)
 
 
 def recipe_text(vlm: VLM, reduce: Any = None) -> str | None:

@@ -1,0 +1,210 @@
+"""Folders, presets and commands of every family of transformers: what is written, read, refused and said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+import foveate
+from families import FAMILIES, clip, picture, tiny
+from foveate.adapters.presets import PRESETS, describe
+from foveate.errors import CheckpointError, InputError, UnknownNameError
+from foveate.nvila.initialise import empty
+from foveate.vlm import VLM, Request
+from plain_hf import MIXES, plain, prepared
+
+
+def same_weights(one: VLM, other: VLM) -> bool:
+    """Bit for bit, buffers included."""
+    left, right = (
+        {name: value for model in (vlm.model,) for name, value in (*model.named_parameters(), *model.named_buffers())}
+        for vlm in (one, other)
+    )
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_folder_is_a_plain_checkpoint(family: str, tmp_path: Path):
+    vlm = tiny(family)
+    plan, inputs = prepared(vlm, "picture")
+    expected = vlm.logits(Request("What is it?", MIXES["picture"]))
+    vlm.save(tmp_path / "model")
+    again = foveate.load(tmp_path / "model", device="cpu")
+    assert again.adapter.family == family and again.spec == vlm.spec
+    assert same_weights(again, vlm)
+    torch.testing.assert_close(again.logits(Request("What is it?", MIXES["picture"])), expected, atol=1e-5, rtol=0)
+    theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    assert type(theirs) is type(vlm.model)
+    torch.testing.assert_close(theirs(**plain(vlm, plan, inputs)).logits[0, -1], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_that_transformers_wrote_is_read(family: str, tmp_path: Path):
+    vlm = tiny(family)
+    vlm.model.save_pretrained(tmp_path)
+    vlm.tokenizer.save_pretrained(tmp_path)
+    spec = vlm.spec.to_dict()
+    (tmp_path / "preprocess.json").write_text(json.dumps(spec))
+    again = foveate.load(tmp_path, device="cpu")
+    assert same_weights(again, vlm)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llava") / "model"
+    tiny("llava").save(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "broken"))
+
+
+def edit(folder: Path, name: str, **changes: Any) -> None:
+    data = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**data, **changes}))
+
+
+def test_a_missing_tensor_is_named(broken: Path):
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.multi_modal_projector.linear_2.weight"]
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'model.multi_modal_projector.linear_2.weight' is missing.*\(32, 32\)"):
+        foveate.load(broken)
+
+
+def test_a_wrong_shape_is_named(broken: Path):
+    tensors = load_file(broken / "model.safetensors")
+    tensors["lm_head.weight"] = torch.zeros(280, 16)
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head.weight.*has shape \(280, 16\), the config expects \(280, 32\)"):
+        foveate.load(broken)
+
+
+def test_a_pickle_is_refused(broken: Path):
+    (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle, which can run code; convert"):
+        foveate.load(broken)
+
+
+def test_what_does_not_fit_is_said(broken: Path):
+    edit(broken, "config.json", quantization_config={"quant_method": "awq"})
+    with pytest.raises(CheckpointError, match="is quantized with awq; give the folder of the unquantized checkpoint"):
+        foveate.load(broken)
+    edit(broken, "config.json", quantization_config=None, image_token_index=3)
+    with pytest.raises(CheckpointError, match="'<image>' is token 260 of the tokenizer, but image_token_id is 3"):
+        foveate.load(broken)
+    edit(broken, "config.json", image_token_index=260, vision_feature_layer=[-2, -1])
+    with pytest.raises(CheckpointError, match=r"vision_feature_layer is \[-2, -1\]: connectors that join several"):
+        foveate.load(broken)
+    edit(broken, "config.json", vision_feature_layer=-2, vision_feature_select_strategy="full")
+    with pytest.raises(CheckpointError, match="with a clip_vision_model tower only 'default' is supported"):
+        foveate.load(broken)
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no tokenizer.json; copy the tokenizer files"):
+        foveate.load(broken)
+
+
+def test_an_error_while_saving_leaves_the_old_folder(broken: Path, monkeypatch: pytest.MonkeyPatch):
+    before = sorted((path.name, path.read_bytes()) for path in broken.iterdir())
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(foveate.files, "save_file", fail)
+    with pytest.raises(CheckpointError, match="No space left on device; nothing was changed"):
+        tiny("llava").save(broken)
+    assert sorted((path.name, path.read_bytes()) for path in broken.iterdir()) == before
+    assert sorted(path.name for path in broken.parent.iterdir()) == ["broken"]
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+def test_processor_files_come_along(family: str, tmp_path: Path):
+    """Files that only transformers' processors read survive loading and saving byte for byte."""
+    tiny(family).save(tmp_path / "one")
+    (tmp_path / "one" / "processor_config.json").write_text('{"processor_class": "SomeProcessor",  "odd": [1]}')
+    foveate.load(tmp_path / "one").save(tmp_path / "two")
+    for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+# ---- presets
+
+PUBLISHED = {
+    "llava-1.5-7b": 7_063_427_072,
+    "llava-next-7b": 7_566_747_648,
+    "llava-onevision-0.5b": 893_618_208,
+    "llava-onevision-7b": 8_030_348_832,
+    "qwen2.5-vl-3b": 3_754_622_976,
+    "qwen2.5-vl-7b": 8_292_166_656,
+    "internvl2.5-1b": 938_193_024,
+    "smolvlm-256m": 256_484_928,
+}
+"""Parameters of the published checkpoints (their model pages), tied embeddings counted once."""
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_published_size(name: str):
+    kind, config, spec = describe(name)
+    model = empty(kind.model_class(), config)
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]  # tied ones are one object
+    assert spec.family == kind.family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_are_those_of_the_matrices(family: str):
+    """What costs are computed from, against the tower and connector themselves."""
+    vlm = tiny(family)
+    sizes, parts = vlm.adapter.sizes(vlm.model.config), vlm.adapter.parts()
+    matrices = [m for block in vlm.adapter.blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(vlm.adapter.blocks) == sizes.layers
+    per_layer = 4 * sizes.width**2 + sizes.mlp_matrices * sizes.width * sizes.mlp
+    assert sum(m.weight.numel() for m in matrices) == sizes.layers * per_layer
+    linears = [
+        (m.in_features, m.out_features) for m in parts["mm_projector"].modules() if isinstance(m, torch.nn.Linear)
+    ]
+    assert sorted(linears) == sorted(sizes.connector)
+    assert sizes.joined == vlm.spec.downsample**2 and sizes.cls == int(vlm.adapter.has_cls)
+    tower = [m for m in vlm.adapter.tower.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)]
+    assert sizes.patch_inputs == tower[0].weight[0].numel()
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl"])
+def test_commands_run_on_a_folder(family: str, tmp_path: Path, capsys: Any, caplog: Any):
+    from foveate.cli import main
+
+    tiny(family).save(tmp_path / "model")
+    picture().save(tmp_path / "picture.png")
+    ask = ["ask", tmp_path / "picture.png", "What is it?", "--model", tmp_path / "model", "--max-new-tokens", "2"]
+    for more in ([], ["--reduce", "uniform(keep=0.5)"], ["--reduce", "fastv(keep=0.5)"]):
+        assert main([str(word) for word in [*ask, "--json", *more]]) == 0
+        tokens = json.loads(capsys.readouterr().out)["tokens"]
+        assert tokens["kept"] == (tokens["visual"] if not more else tokens["visual"] // 2)
+    words = ["eval", tmp_path / "model", "--json", "--limit", "1"]
+    for task in ("world/colour", "world/motion"):
+        words += ["--task", task]
+    assert main([str(word) for word in words]) == 0
+    out = capsys.readouterr().out
+    clips = family == "qwen2_5_vl"
+    assert list(json.loads(out)["tasks"]) == ["world/colour", *(["world/motion"] if clips else [])]
+    assert ("llava_next takes no clips, so these tasks are left out: world/motion" in caplog.text) != clips
+
+
+def test_what_a_family_cannot_do_is_said(tmp_path: Path):
+    with pytest.raises(InputError, match="llava takes no clips; give some of its frames as pictures"):
+        tiny("llava").logits(Request("What?", [clip()]))
+    with pytest.raises(UnknownNameError, match=r"unknown preset 'llava-1\.5'; did you mean 'llava-1.5-7b'"):
+        foveate.load("llava-1.5", random_weights=True)
+    with pytest.raises(CheckpointError, match=r"'qwen2\.5-vl-7b' is an architecture without weights; give the folder"):
+        foveate.load("qwen2.5-vl-7b")
