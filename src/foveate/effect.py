@@ -89,6 +89,8 @@ def cache_bytes_per_token(vlm: VLM) -> float:
 
 
 def _reference(vlm: VLM) -> Plan:
+    if "vision_tower" not in vlm.adapter.parts():
+        return vlm.plan([{"role": "user", "content": "?"}])
     from PIL import Image
 
     part = {"type": "image", "image": Image.new("RGB", (640, 480))}

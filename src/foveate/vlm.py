@@ -117,18 +117,14 @@ class VLM:
     def stop_ids(self) -> list[int]:
         """Token ids that end an answer."""
         if self._stop is None:
-            from foveate.data.chat import stop_token_ids
-
-            self._stop = stop_token_ids(self.tokenizer, self.spec)
+            self._stop = self.adapter.stop_ids()
         return self._stop
 
     # ---- one path from messages to an answer
 
     def plan(self, messages: Sequence[dict[str, Any]], **options: Any) -> Plan:
         """What a chat will become: views, frames and exact token counts. Options: those of `foveate.data.plan.plan`."""
-        from foveate.data.plan import plan
-
-        return plan(messages, self.spec, self.tokenizer, **options)
+        return self.adapter.plan(messages, **options)
 
     def prepare(self, plan: Plan) -> Inputs:
         """The tensors of a plan, on the CPU."""

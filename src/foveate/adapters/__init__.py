@@ -21,6 +21,12 @@ ADAPTERS = Registry(
         "internvl": "foveate.adapters.internvl:InternVLAdapter",
         "smolvlm": "foveate.adapters.smolvlm:SmolVLMAdapter",
         "idefics3": "foveate.adapters.smolvlm:Idefics3Adapter",
+        "llama": "foveate.adapters.text:LlamaAdapter",
+        "mistral": "foveate.adapters.text:MistralAdapter",
+        "qwen2": "foveate.adapters.text:Qwen2Adapter",
+        "qwen3": "foveate.adapters.text:Qwen3Adapter",
+        "phi3": "foveate.adapters.text:Phi3Adapter",
+        "olmo2": "foveate.adapters.text:Olmo2Adapter",
     },
     group="foveate.adapters",
 )

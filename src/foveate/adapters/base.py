@@ -155,6 +155,18 @@ class Adapter(ABC):
 
     # ---- one request
 
+    def plan(self, messages: Sequence[dict[str, Any]], **options: Any) -> Plan:
+        """What a chat will become. Options: those of `foveate.data.plan.plan`."""
+        from foveate.data.plan import plan
+
+        return plan(messages, self.spec, self.tokenizer, **options)
+
+    def stop_ids(self) -> list[int]:
+        """Token ids that end an answer."""
+        from foveate.data.chat import stop_token_ids
+
+        return stop_token_ids(self.tokenizer, self.spec)
+
     @abstractmethod
     def layout(self, plan: Plan) -> VisualLayout:
         """The visual tokens of a planned request, separators included."""

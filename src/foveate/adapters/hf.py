@@ -98,7 +98,7 @@ class HfAdapter(Adapter):
     @classmethod
     def describe(cls, path: Path) -> tuple[Any, PreprocessSpec]:
         """Config and preprocessing of a checkpoint folder, without its weights."""
-        return cls._config(path), _spec(path)
+        return cls._config(path), cls.read_spec(path)
 
     @classmethod
     def load(
@@ -113,7 +113,7 @@ class HfAdapter(Adapter):
         config, spec = cls.describe(path)
         tokenizer = _tokenizer(path)
         cls.check_config(config)
-        _check_tokens(tokenizer, spec, config, path)
+        cls.check_tokens(tokenizer, spec, config, path)
         tensors = {cls.canonical(stored.key): stored for stored in stored_tensors(path)}
         model = empty(cls.model_class(), config, attn)
         if prepare is not None:
@@ -146,6 +146,28 @@ class HfAdapter(Adapter):
         return key.replace("model.vision_tower.vision_model.", "model.vision_tower.")
 
     @classmethod
+    def read_spec(cls, path: Path) -> PreprocessSpec:
+        """The preprocessing of a checkpoint: ours, or that of transformers."""
+        if (path / "preprocess.json").is_file():
+            return PreprocessSpec.from_dict(read_json(path / "preprocess.json"))
+        from foveate.data.hf import spec_from_hf
+
+        return spec_from_hf(path)
+
+    @classmethod
+    def check_tokens(cls, tokenizer: Any, spec: PreprocessSpec, config: Any, path: Path) -> None:
+        """Raise CheckpointError unless tokenizer, preprocessing and model mean the same by a placeholder."""
+        rows = config.get_text_config().vocab_size
+        if len(tokenizer) > rows:
+            raise CheckpointError(f"the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows in {path}")
+        found = tokenizer.convert_tokens_to_ids(spec.image_token)
+        if found != config.image_token_id:
+            raise CheckpointError(
+                f"{spec.image_token!r} is token {found} of the tokenizer, but image_token_id is "
+                f"{config.image_token_id} in {path}/config.json"
+            )
+
+    @classmethod
     def _config(cls, path: Path) -> Any:
         data = read_json(path / "config.json")
         if data.get("quantization_config"):
@@ -176,9 +198,13 @@ class HfAdapter(Adapter):
                 self.tokenizer.save_pretrained(folder)
             for name, content in self.files.items():
                 (folder / name).write_bytes(content)
-            write_json(folder / "preprocess.json", self.spec.to_dict() | {"hash": self.spec.hash()})
+            self.write_spec(folder)
             for name, value in extra.items():
                 write_json(folder / name, value)
+
+    def write_spec(self, folder: Path) -> None:
+        """Write the preprocessing into a checkpoint folder."""
+        write_json(folder / "preprocess.json", self.spec.to_dict() | {"hash": self.spec.hash()})
 
     def with_model(self, model: nn.Module) -> HfAdapter:
         return type(self)(model, self.tokenizer, self.spec, self.files)
@@ -250,24 +276,3 @@ def _tokenizer(path: Path) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"the tokenizer in {path} cannot be loaded: {' '.join(str(error).split())}") from error
-
-
-def _spec(path: Path) -> PreprocessSpec:
-    if (path / "preprocess.json").is_file():
-        return PreprocessSpec.from_dict(read_json(path / "preprocess.json"))
-    from foveate.data.hf import spec_from_hf
-
-    return spec_from_hf(path)
-
-
-def _check_tokens(tokenizer: Any, spec: PreprocessSpec, config: Any, path: Path) -> None:
-    """Raise CheckpointError unless tokenizer, preprocessing and model mean the same by a placeholder."""
-    rows = config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
-        raise CheckpointError(f"the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows in {path}")
-    found = tokenizer.convert_tokens_to_ids(spec.image_token)
-    if found != config.image_token_id:
-        raise CheckpointError(
-            f"{spec.image_token!r} is token {found} of the tokenizer, but image_token_id is {config.image_token_id} in "
-            f"{path}/config.json"
-        )

@@ -40,6 +40,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--batch-size", type=positive_int, default=32, metavar="B")
     parser.add_argument("--frames", type=positive_int, metavar="N", help="frames per clip (default: the model's)")
     parser.add_argument("--records", metavar="FILE", help="write one JSON line per question, for paired comparisons")
+    parser.add_argument(
+        "--text", metavar="FILE", help="measure perplexity on a text (.txt, or JSON lines with 'text') instead of tasks"
+    )
+    parser.add_argument("--seqlen", type=positive_int, metavar="N", help="tokens of a window of --text (default: all)")
     parser.add_argument("--list", action="store_true", help="list the tasks and exit")
     add_method_options(parser)
     add_model_options(parser)
@@ -52,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         names = [*ALIASES, *TASKS.names(), "data"]
         print_json(names) if args.json else print("\n".join(names))
         return 0
+    if args.text:
+        return _text(args)
     tasks, folder = find_tasks(
         args.task, args.data, args.scorer
     )  # before the model: a misspelt task should not wait for weights
@@ -78,6 +84,24 @@ def run(args: argparse.Namespace) -> int:
         with new_file(args.records) as path, path.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record.to_dict(), ensure_ascii=False) + "\n" for record in records)
     print_json(result) if args.json else show(result)
+    return 0
+
+
+def _text(args: argparse.Namespace) -> int:
+    """Perplexity on --text."""
+    from foveate.tasks.perplexity import perplexity, text_file
+
+    if args.task or args.data or args.reduce:
+        raise InputError("--text measures perplexity and takes no --task, --data or --reduce; give one or the other")
+    documents = text_file(args.text)
+    vlm = load_model(args)
+    found = perplexity(vlm, documents, seqlen=args.seqlen, limit=args.limit, quiet=False)
+    if args.json:
+        print_json({"model": vlm.name, "recipe": vlm.recipe.text(), "text": args.text, **found})
+        return 0
+    recipe = f" with {vlm.recipe.text()}" if vlm.recipe else ""
+    print(f"{vlm.name}{recipe}: perplexity {found['perplexity']:.3f} on {found['tokens']} tokens of {args.text}")
+    print(f"{found['loss']:.4f} nats a token, {found['bits_per_byte']:.3f} bits a byte, {found['seconds']:.1f} s")
     return 0
 
 

@@ -171,7 +171,7 @@ def token_stream(vlm: VLM, documents: list[str], enough: int) -> list[int]:
         size = 65536  # a long text is encoded in pieces: tokenizers slow down on very long ones
         for start in range(0, len(document), size):
             piece = document[start : start + size]
-            ids += vlm.tokenizer(piece, add_special_tokens=start == 0).input_ids
+            ids += vlm.tokenizer(piece, add_special_tokens=start == 0, verbose=False).input_ids
             if len(ids) >= enough:
                 return ids
     return ids
