@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from foveate.adapters.base import Encoded
 from foveate.adapters.hf import HfAdapter
 from foveate.adapters.layout import VisualLayout
+from foveate.adapters.sizes import Sizes
 from foveate.data.plan import Plan, Span
 from foveate.data.spec import PreprocessSpec
 from foveate.errors import BudgetError, CheckpointError, InputError
@@ -37,6 +38,10 @@ class TextAdapter(HfAdapter):
     @classmethod
     def read_spec(cls, path: Path) -> PreprocessSpec:
         return PreprocessSpec(mode="resize")  # never used: there is nothing to prepare
+
+    @classmethod
+    def sizes(cls, config: Any) -> Sizes:
+        return Sizes(layers=0, width=0, mlp=0, heads=0, patch_inputs=0, connector=())
 
     @classmethod
     def check_tokens(cls, tokenizer: Any, spec: PreprocessSpec, config: Any, path: Path) -> None:
