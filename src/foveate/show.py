@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from foveate.adapters.layout import VisualLayout
-    from foveate.data.plan import Plan
+    from foveate.data.plan import MediaPlan, Plan
     from foveate.data.spec import PreprocessSpec
 
 VEIL, FADE = (62, 76, 90), 0.84
@@ -99,25 +99,22 @@ def kept_strip(
     layout: VisualLayout,
     kept: Any,
     *,
-    frames: Sequence[Sequence[int]] | None = None,
     side: int = 256,
     max_panels: int = 8,
 ) -> Image.Image:
     """All media of a request in one strip, each as the model sees it after a reduction.
 
-    pictures: for each media item its picture, or the frames that were sampled of a clip. frames: for each media item
-    the source index of each of those frames (default 0, 1, 2 ...), to find the one a token group starts with.
-    max_panels: of a long clip, that many groups at even distances are shown.
+    pictures: for each media item its picture, or the frames that were sampled of a clip; a group of frames is drawn
+    over its first one. max_panels: of a long clip, that many groups at even distances are shown.
     """
     panels = []
     for index, own in enumerate(pictures):
         found = grids(layout, kept, index)
         if len(found) > max_panels:
             found = [found[round(i * (len(found) - 1) / (max_panels - 1))] for i in range(max_panels)]
-        places = list(frames[index]) if frames and len(frames[index]) else list(range(len(own)))
         for frame, cells in found:
-            at = places.index(frame) if frame in places else 0
-            panels.append(draw_grid(own[min(at, len(own) - 1)], cells, side if len(found) <= 3 else side // 2))
+            at = min(max(frame, 0), len(own) - 1)
+            panels.append(draw_grid(own[at], cells, side if len(found) <= 3 else side // 2))
     if not panels:
         raise InputError("there is no visual token to show; the request holds text only")
     return strip(panels)
@@ -132,14 +129,19 @@ def kept_picture(plan: Plan, spec: PreprocessSpec, layout: VisualLayout, kept: A
     from foveate.data.video import decode_frames
 
     layout = layout.features()
-    pictures = [
-        decode_frames(media.source, media.frames, spec=spec)
-        if media.kind == "video"
-        else [load_image(media.source, spec)]
-        for media in plan.media
-    ]
-    frames = [media.frames for media in plan.media]
-    return kept_strip(pictures, layout, range(len(layout)) if kept is None else kept, frames=frames, **options)
+    pictures = []
+    for media in plan.media:
+        clip = media.kind == "video"
+        own = decode_frames(media.source, media.frames, spec=spec) if clip else [load_image(media.source, spec)]
+        pictures.append([_seen(picture, media) for picture in own])
+    return kept_strip(pictures, layout, range(len(layout)) if kept is None else kept, **options)
+
+
+def _seen(picture: Image.Image, media: MediaPlan) -> Image.Image:
+    """What the tower sees of a picture that is not tiled: a cut-out, or padding around it, belongs to its grid."""
+    boxes = {view.box for view in media.views}
+    box = tuple(round(edge) for edge in boxes.pop())
+    return picture if boxes or box == (0, 0, *picture.size) else picture.crop(box)
 
 
 def png(picture: Image.Image) -> bytes:
