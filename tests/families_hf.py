@@ -124,16 +124,16 @@ def tokenizer_of(spec: PreprocessSpec) -> Any:
     return tokenizer
 
 
-def tiny(family: str, folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> Tiny:
-    """The tiny checkpoint of a family, written to `folder`. changes: fields of its image processor."""
+def tiny(family: str, folder: Path, patch: pytest.MonkeyPatch, image: str = "", **changes: Any) -> Tiny:
+    """The tiny checkpoint of a family, written to `folder`. changes: fields of its image processor, or of `image`."""
     import json
 
     from transformers.processing_utils import ProcessorMixin
 
     image_name, processor_name, image_fields, config = FILES[family]
-    image = _load(image_name)(**{**image_fields, **changes})
+    made = _load(image or image_name)(**{**image_fields, **changes})
     tokenizer = tokenizer_of(family_spec(family))
-    image.save_pretrained(folder)
+    made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     ids = {f"{n}_id": getattr(tokenizer, f"{n}_id", None) for n in ("image_token", "video_token")}
     (folder / "config.json").write_text(json.dumps({"model_type": family, **ids, **config}))
@@ -155,7 +155,7 @@ def tiny(family: str, folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -
         from foveate.data.families import in_words
 
         patch.setattr(f"{MODELS}smolvlm.processing_smolvlm.num2words", in_words)
-    return Tiny(family, folder, spec, tokenizer, _load(processor_name)(image, tokenizer, **more))
+    return Tiny(family, folder, spec, tokenizer, _load(processor_name)(made, tokenizer, **more))
 
 
 def _load(name: str) -> Any:

@@ -91,6 +91,36 @@ def test_several_pictures_equal_transformers(tinies: dict[str, Tiny], family: st
     _compare(tinies[family], [picture(90, 70), picture(50, 130, seed=1)])
 
 
+PADS = "llava.image_processing_pil_llava:LlavaImageProcessorPil"
+SQUASHES = "siglip.image_processing_pil_siglip:SiglipImageProcessorPil"
+SQUARE = {"size": {"height": 56, "width": 56}}
+
+
+@pytest.mark.parametrize(
+    ("mode", "image", "changes"),
+    [
+        ("crop", "", {"size": {"shortest_edge": 70}}),
+        ("crop", "", {"size": {"shortest_edge": 41}, "resample": 2}),  # black around it
+        ("pad", PADS, {"do_pad": True}),
+        ("resize", SQUASHES, {**SQUARE, "crop_size": None}),
+    ],
+    ids=["cut", "black", "pad", "squash"],
+)
+def test_other_ways_of_llava_equal_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, image: str, changes: dict[str, Any]
+) -> None:
+    one = tiny("llava", tmp_path, monkeypatch, image, **changes)
+    assert one.spec.mode == mode
+    for size in SIZES:
+        _compare(one, [picture(*size), picture(30, 40)])
+
+
+def test_pictures_that_are_not_split_equal_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = tiny("idefics3", tmp_path, monkeypatch, do_image_splitting=False)
+    _compare(one, [picture(90, 70)])
+    assert layout(plan(_messages(picture(90, 70)), one.spec, one.tokenizer)).global_row.max() == one.spec.token_side - 1
+
+
 def _compare(one: Tiny, pictures: list[Image.Image]) -> None:
     messages = _messages(*pictures)
     made = plan(messages, one.spec, one.tokenizer)
@@ -195,6 +225,26 @@ def test_sizes_of_frames_equal_transformers() -> None:
             assert fit_clip(width, height, frames, new).view == expected[::-1]
         longest = get_resize_output_image_size(torch.zeros(1, height, width), smol.video_edge)
         assert fit_clip(width, height, 4, smol).canvases[0].resizes == (longest[::-1], (512, 512))
+
+
+@pytest.mark.parametrize("frames", [2, 7, 64])
+@pytest.mark.parametrize("size", [(1920, 1080), (300, 200), (90, 700)])
+def test_caps_of_frames_equal_transformers(frames: int, size: tuple[int, int]) -> None:
+    """`cap_pixels_per_frame` of the Qwen families."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+    width, height = size
+    new = family_spec("qwen3_vl", video_tokens=768)
+    area = {"shortest_edge": new.video_min_area, "longest_edge": new.video_max_area}
+    processor = Qwen3VLVideoProcessor(size=area, cap_pixels_per_frame=True)
+    fit = fit_clip(width, height, frames, new)
+    assert fit.num_tokens * 4 == processor.get_num_of_video_patches(frames, height, width, {})
+    assert fit.num_tokens < 768 * (frames + 2)
+    old = family_spec("qwen2_5_vl", video_tokens=1000)
+    share = int(1000 * 28 * 28 * 0.9) * 2 // frames  # of the reference, spelled out: its class needs torchvision
+    most = max(min(old.video_max_area, share), int(old.video_min_area * 1.05))
+    assert fit_clip(width, height, frames, old).view == smart_resize(height, width, 28, old.video_min_area, most)[::-1]
 
 
 def test_numbers_in_words() -> None:

@@ -181,7 +181,12 @@ def _llava(image: dict[str, Any], video: Any, own: dict[str, Any], config: dict[
     _no_cls(own, config, "llava")
     size = image.get("size", {"shortest_edge": 224})
     if image.get("do_pad"):
-        return {"mode": "pad", "tile_size": _square(image.get("crop_size") or size, "llava", "size")}
+        side = _square(size, "llava", "size")
+        if image.get("do_center_crop", True) and _square(image.get("crop_size", side), "llava", "crop_size") != side:
+            raise UnsupportedError(
+                f"llava: do_pad with size {side} and crop_size {image['crop_size']}; they must be equal"
+            )
+        return {"mode": "pad", "tile_size": side}
     if image.get("do_center_crop", isinstance(size, int) or "shortest_edge" in size):
         edge = _square(size, "llava", "size")
         if isinstance(size, dict) and "shortest_edge" not in size:
