@@ -14,9 +14,12 @@ from transformers import AutoModelForImageTextToText
 
 import foveate
 from families import FAMILIES, clip, picture, tiny
+from foveate.adapters.base import COMMON_SIGNALS
 from foveate.adapters.presets import PRESETS, describe
+from foveate.effect import effect
 from foveate.errors import CheckpointError, InputError, UnknownNameError
 from foveate.nvila.initialise import empty
+from foveate.recipe import Recipe
 from foveate.vlm import VLM, Request
 from plain_hf import MIXES, plain, prepared
 
@@ -136,6 +139,33 @@ def test_processor_files_come_along(family: str, tmp_path: Path):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recipes_of_weights_are_saved_and_found_again(family: str, tmp_path: Path):
+    vlm, request = tiny(family), Request("What is it?", MIXES["picture"])
+    small = Recipe.parse("rtn(bits=8, group=16, parts=[vision_tower, mm_projector, llm]) + int8").apply(vlm, quiet=True)
+    assert sum(effect(vlm, small).weights["vision_tower"]) < sum(effect(vlm, vlm).weights["vision_tower"])
+    expected = small.logits(request)
+    assert 1e-4 < (expected - vlm.logits(request)).abs().max() < 0.5
+    small.save(tmp_path / "small")
+    again = foveate.load(tmp_path / "small", device="cpu")
+    assert again.recipe == small.recipe
+    torch.testing.assert_close(again.logits(request), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_near(family: str, tmp_path: Path):
+    tiny(family).save(tmp_path / "model")
+    half = foveate.load(tmp_path / "model", device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    request = Request("What is it?", MIXES["pictures"])
+    full = tiny(family).logits(request)
+    assert (half.logits(request) - full).abs().max() < 0.35 * full.std()
+    plan, inputs = prepared(half, "pictures")
+    names = [name for name in half.adapter.signals if name not in COMMON_SIGNALS]
+    (encoded,) = half.adapter.encode([inputs], [plan], names)
+    assert {value.dtype for value in encoded.signals.values()} == {torch.float32}
+
+
 # ---- presets
 
 PUBLISHED = {
@@ -164,13 +194,13 @@ def test_sizes_are_those_of_the_matrices(family: str):
     """What costs are computed from, against the tower and connector themselves."""
     vlm = tiny(family)
     sizes, parts = vlm.adapter.sizes(vlm.model.config), vlm.adapter.parts()
+    connector = [parts["mm_projector"], *getattr(vlm.adapter.tower, "deepstack_merger_list", ())]
     matrices = [m for block in vlm.adapter.blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
     assert len(vlm.adapter.blocks) == sizes.layers
     per_layer = 4 * sizes.width**2 + sizes.mlp_matrices * sizes.width * sizes.mlp
     assert sum(m.weight.numel() for m in matrices) == sizes.layers * per_layer
-    linears = [
-        (m.in_features, m.out_features) for m in parts["mm_projector"].modules() if isinstance(m, torch.nn.Linear)
-    ]
+    modules = [m for part in connector for m in part.modules() if isinstance(m, torch.nn.Linear)]
+    linears = [(m.in_features, m.out_features) for m in modules]
     assert sorted(linears) == sorted(sizes.connector)
     assert sizes.joined == vlm.spec.downsample**2 and sizes.cls == int(vlm.adapter.has_cls)
     tower = [m for m in vlm.adapter.tower.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)]

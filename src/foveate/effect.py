@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 if TYPE_CHECKING:
     from foveate.adapters.layout import VisualLayout
@@ -55,10 +56,8 @@ class Effect:
 
 def effect(before: VLM, after: VLM, plan: Plan | None = None) -> Effect:
     """Compare two models of one family; plan: the request whose visual tokens are counted."""
-    from foveate.weights.base import module_bytes
-
     old, new = before.adapter.parts(), after.adapter.parts()
-    weights = {name: (module_bytes(old[name]), module_bytes(new[name])) for name in old}
+    weights = {name: (_part_bytes(old, name), _part_bytes(new, name)) for name in old}
     plan = plan or _reference(after)
     layout = after.adapter.layout(plan).features()
     return Effect(
@@ -67,6 +66,15 @@ def effect(before: VLM, after: VLM, plan: Plan | None = None) -> Effect:
         cache=(cache_bytes_per_token(before), cache_bytes_per_token(after)),
         tokens=(_kept(before, layout), _kept(after, layout)),
     )
+
+
+def _part_bytes(parts: dict[str, nn.Module], name: str) -> int:
+    """Bytes of one part, without those of parts that lie inside it."""
+    from foveate.weights.base import module_bytes
+
+    inside = {id(module) for module in parts[name].modules()}
+    nested = [part for other, part in parts.items() if other != name and id(part) in inside]
+    return module_bytes(parts[name]) - sum(map(module_bytes, nested))
 
 
 def _kept(vlm: VLM, layout: VisualLayout) -> int:

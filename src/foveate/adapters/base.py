@@ -93,7 +93,10 @@ class Adapter(ABC):
 
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
-        """The model's parts under their common names: "vision_tower", "mm_projector", "llm"."""
+        """The model's parts under their common names: "vision_tower", "mm_projector", "llm".
+
+        One may lie inside another (Qwen's connector in its tower): it is then no part of the outer one.
+        """
 
     @property
     @abstractmethod

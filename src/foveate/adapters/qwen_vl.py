@@ -45,12 +45,7 @@ class Qwen2VLAdapter(HfAdapter):
     @classmethod
     def parts_of(cls, model: Any) -> dict[str, nn.Module]:
         tower = model.model.visual
-        connector = {name: module for name, module in tower.named_children() if "merger" in name}
-        return {
-            "vision_tower": tower.blocks,
-            "mm_projector": nn.ModuleDict(connector),
-            "llm": model.model.language_model,
-        }
+        return {"vision_tower": tower, "mm_projector": tower.merger, "llm": model.model.language_model}
 
     @classmethod
     def sizes(cls, config: Any) -> Sizes:
