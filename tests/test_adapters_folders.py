@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from families import FAMILIES, clip, picture, tiny
 from foveate.adapters.base import COMMON_SIGNALS
 from foveate.adapters.presets import PRESETS, describe
 from foveate.effect import effect
-from foveate.errors import CheckpointError, InputError, UnknownNameError
+from foveate.errors import CheckpointError, InputError, UnknownNameError, UnsupportedError
 from foveate.nvila.initialise import empty
 from foveate.recipe import Recipe
+from foveate.reduce.base import Scorer
 from foveate.vlm import VLM, Request
 from plain_hf import MIXES, plain, prepared
 
@@ -229,6 +231,41 @@ def test_commands_run_on_a_folder(family: str, tmp_path: Path, capsys: Any, capl
     clips = family == "qwen2_5_vl"
     assert list(json.loads(out)["tasks"]) == ["world/colour", *(["world/motion"] if clips else [])]
     assert ("llava_next takes no clips, so these tasks are left out: world/motion" in caplog.text) != clips
+
+
+@dataclass(frozen=True)
+class ByCLS(Scorer):
+    """Needs what only a CLS token can tell."""
+
+    name: ClassVar[str] = "by_cls"
+    signals: ClassVar[tuple[str, ...]] = ("cls_attention@-2",)
+
+    def score(self, signals: dict[str, torch.Tensor], layout: Any) -> torch.Tensor:
+        return signals["cls_attention@-2"].mean(dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_method_that_needs_cls_works_or_is_told_why_not(family: str):
+    vlm, request = tiny(family), Request("What?", [picture()], reduce=ByCLS(keep=0.5))
+    if vlm.adapter.has_cls:
+        answer = vlm.respond(request, max_new_tokens=1)
+        assert answer.tokens["kept"] < answer.tokens["visual"]
+        return
+    expected = (
+        f"by_cls needs cls_attention@-2, which the '{family}' adapter does not offer: its encoder has no CLS token; "
+    )
+    with pytest.raises(UnsupportedError, match=f"{expected}try .*'uniform', which needs no signal"):
+        vlm.respond(request)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_docs_tell_sites_and_signals(family: str):
+    text = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    row = next(line for line in text.splitlines() if line.startswith(f"| `{family}` |"))
+    adapter, cells = tiny(family).adapter, [cell.strip() for cell in row.strip("|").split("|")]
+    assert ("encoder" in adapter.sites) == ("encoder" in cells[2]) == ("post_encoder" in adapter.sites)
+    assert ("CLS" in cells[3]) == adapter.has_cls
+    assert ("clips" in cells[1]) == adapter.takes_clips
 
 
 def test_what_a_family_cannot_do_is_said(tmp_path: Path):

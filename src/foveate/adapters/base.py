@@ -112,6 +112,11 @@ class Adapter(ABC):
         """Whether `encode` can hand out this signal; "name@l" names encoder block l."""
         return name.partition("@")[0] in self.signals
 
+    def reason(self, need: str) -> str:
+        """Why none of the signals of `need` ("a|b") is on offer, to follow the words "does not offer"."""
+        cls = any(name.startswith("cls_") for name in need.split("|")) and not self.has_cls
+        return ": its encoder has no CLS token" if cls else ""
+
     @property
     @abstractmethod
     def num_blocks(self) -> int:

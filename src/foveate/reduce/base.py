@@ -22,6 +22,7 @@ from foveate.errors import RecipeError, UnsupportedError
 from foveate.method import Method, signal_for
 
 if TYPE_CHECKING:
+    from foveate.adapters.base import Adapter
     from foveate.adapters.layout import VisualLayout
     from foveate.vlm import VLM
 
@@ -184,8 +185,17 @@ class Reducer(Method):
                 if not known:
                     raise UnsupportedError(
                         f"{self.name} needs {need.replace('|', ' or ')}, which the {adapter.family!r} adapter does not "
-                        f"offer; try 'uniform', which needs no signal"
+                        f"offer{adapter.reason(need)}; try {_instead(adapter, self.name)}"
                     )
+
+
+def _instead(adapter: Adapter, name: str) -> str:
+    """Methods that need less than `name`, for an error that says what a model cannot tell."""
+    from foveate.registry import METHODS
+
+    near = next((other for other in ("visionzip", "fastervlm") if other != name and other in METHODS), None)
+    more = f", or {near!r}, which takes received attention" if near and adapter.offers("received_attention") else ""
+    return f"'uniform', which needs no signal{more}"
 
 
 @dataclass(frozen=True)
