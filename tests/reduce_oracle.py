@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 
 from foveate.adapters.shape import steps_of
@@ -58,3 +61,34 @@ def masked(vlm, request, stages, renumbered, tokens):
             hidden[0, row.where] += row.deep[index]
     assert prompt <= n
     return adapter.head(hidden[:, -1])[0]
+
+
+def recorded(row):
+    """The row with steps that note what they chose: (row, list of (step, reduction))."""
+    notes = []
+
+    def noting(step):
+        def select(signals, layout):
+            notes.append((step, step.select(signals, layout)))
+            return notes[-1][1]
+
+        return replace(step, select=select)
+
+    row.steps = tuple(noting(step) for step in row.steps)
+    return row, notes
+
+
+def replayed(vlm, request, notes, tokens):
+    """Logits [V] of the prompt and `tokens` in one pass without a cache, every step choosing what it chose before."""
+    (row,) = rows_of(vlm, [request])
+    more = torch.tensor(tokens, dtype=torch.int64)
+    following = row.next_position + torch.arange(len(tokens))
+    row.input_ids = torch.cat([row.input_ids, more])
+    row.positions = torch.cat([row.positions, following.expand(*row.positions.shape[:-1], -1)], dim=-1)
+    row.next_position += len(tokens)
+    row.steps = tuple(replace(step, signals=(), select=partial(_again, chosen=chosen)) for step, chosen in notes)
+    return open_batch(vlm.adapter, [row], vlm.new_cache(), Clock(vlm.device)).prefill()[0]
+
+
+def _again(signals, layout, *, chosen):
+    return chosen

@@ -155,7 +155,8 @@ def reduction(parts: list[Part], block: Tensor) -> Reduction:
         value.append(sparse.values())
         start += len(part.keep)
     index = torch.stack([order.argsort()[torch.cat(row)], torch.cat(column)])
-    weights = torch.sparse_coo_tensor(index, torch.cat(value).float(), (start, len(block))).coalesce()
+    size = (start, len(block))
+    weights = torch.sparse_coo_tensor(index, torch.cat(value).float(), size, check_invariants=False).coalesce()
     return Reduction(keep[order], weights)
 
 
