@@ -10,11 +10,15 @@ import pytest
 import torch
 
 import foveate
+from foveate.adapters.decoder import project
 from foveate.adapters.shape import Shape
 from foveate.errors import RecipeError
+from foveate.reduce import dominance, schedule
+from foveate.reduce.adatoken3d import calibrate, falls
 from foveate.reduce.base import Reducer, Reduction, layer_index, tokens_per_layer, top_k
 from foveate.reduce.fastv import FastV
 from foveate.reduce.uniform import Uniform
+from foveate.reduce.yopo import YOPO, head_votes, neighbours
 from foveate.vlm import Request
 from goldens_io import goldens_dir
 from reduce_oracle import decoded, masked, rows_of
@@ -158,3 +162,169 @@ def test_separators_stay_or_go_as_the_method_says(tiny):
         (row,) = rows_of(tiny, [Request("what?", [PICTURE, OTHER])])
         row.cut(Reduction(torch.arange(row.kept)), step)
         assert len(row.breaks) == 2
+
+
+# ---- steps while decoding, and layers that compute less
+
+
+@dataclass(frozen=True)
+class Glance(Reducer):
+    """From layer 1 on, an answer's token sees only the visual tokens that layer 0 attends to most."""
+
+    name: ClassVar[str] = "glance"
+
+    def select(self, signals, layout):
+        assert int(signals["length"]) > len(layout)
+        return Reduction(top_k(signals["last_attention"].mean(0), self.count(len(layout))))
+
+    def steps(self, shape):
+        return (self.step("cache", self.select, layer=1, signals=("last_attention", "length")),)
+
+    def count(self, n):
+        return max(1, n // 4)
+
+
+@torch.inference_mode()
+def test_a_decoding_step_may_look_at_a_part_of_the_cache(tiny):
+    """Against the layers run over the whole sequence at once, with the unseen keys masked for the last token only."""
+    seen = []
+
+    class Noted(Glance):
+        def select(self, signals, layout):
+            seen.append(super().select(signals, layout).keep)
+            return Reduction(seen[-1])
+
+    requests = [Request("and you?", [PICTURE, OTHER]), Request("what?", PICTURE, reduce=Noted(keep=0.5))]
+    token = torch.tensor([70, 65])
+    batch, logits = decoded(tiny, requests, [token])
+    dense_batch, dense = decoded(tiny, [Request(r.text, r.media) for r in requests], [token])
+    torch.testing.assert_close(logits[0], dense[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1][0], dense[1][0], atol=1e-5, rtol=1e-5)
+    assert len(seen) == 1 and not torch.allclose(logits[1][1], dense[1][1], atol=1e-3)
+    assert batch.cache.layers[2].get_seq_length() == dense_batch.cache.layers[2].get_seq_length()
+    adapter = tiny.adapter
+    (row,) = rows_of(tiny, [Request("what?", PICTURE)])
+    hidden = adapter.embed(torch.cat([row.input_ids, token[1:]])[None], row.features)["inputs_embeds"]
+    n = hidden.shape[1]
+    rotary = adapter.text_model.rotary_emb(hidden, torch.arange(n)[None])
+    for index, layer in enumerate(adapter.layers):
+        allowed = torch.ones(n, n, dtype=torch.bool).tril()
+        if index >= 1:
+            allowed[-1, row.where] = False
+            allowed[-1, row.where[seen[0]]] = True
+        hidden = layer(hidden, attention_mask=allowed[None, None], position_embeddings=rotary)
+    torch.testing.assert_close(logits[1][1], adapter.head(hidden[:, -1])[0], atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_yopo_equals_eager_attention_with_the_rules_written_out(tiny):
+    reduce = YOPO(keep=0.5, window=3, cut=2, dropped=(4 + 1,))
+    heads, layers = tiny.adapter.text_config.num_attention_heads, tiny.adapter.layers
+    assert (heads, len(layers)) == (4, 3)  # head 1 of layer 1 is dropped
+    requests = [Request("what is it?", PICTURE, reduce=reduce), Request("who?" * 9), Request("what is it?", PICTURE)]
+    token = torch.tensor([70, 65, 71])
+    _, logits = decoded(tiny, requests, [token])
+    dense, alone = tiny.logits(requests[2]), tiny.logits(requests[1])
+    torch.testing.assert_close(logits[0][2], dense, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[0][1], alone, atol=1e-5, rtol=1e-5)
+    (row,) = rows_of(tiny, [requests[0]])
+    for count in (0, 1):
+        ids = torch.cat([row.input_ids, token[:count]])
+        expected = by_the_rules(tiny.adapter, row, ids, reduce)
+        torch.testing.assert_close(logits[count][0], expected, atol=1e-5, rtol=1e-5)
+    off = tiny.logits(Request("what is it?", PICTURE, reduce="yopo(keep=1.0)"))
+    assert torch.equal(off, dense)
+
+
+def by_the_rules(adapter, row, ids, method):
+    hidden = adapter.embed(ids[None], row.features)["inputs_embeds"][0]
+    n, where = len(ids), row.where
+    cos, sin = (part[0] for part in adapter.text_model.rotary_emb(hidden[None], torch.arange(n)[None]))
+    near = neighbours(row.layout, method.window)
+    allowed = torch.ones(n, n, dtype=torch.bool).tril()
+    allowed[where[:, None], where] = near
+    for index, layer in enumerate(adapter.layers):
+        q, k, v = (project(layer, kind, hidden, (cos, sin) if kind != "v" else None) for kind in "qkv")
+        out = []
+        for head in range(len(q)):
+            own = head // (len(q) // len(k))
+            weights = (q[head] @ k[own].T * q.shape[-1] ** -0.5).masked_fill(~allowed, float("-inf")).softmax(-1)
+            dropped = index * 4 + head in method.dropped
+            if dropped or index >= method.cut:
+                weights[:, where] = 0
+            part = weights @ v[own]
+            if dropped:
+                part[where] = 0
+            out.append(part)
+        hidden = hidden + layer.self_attn.o_proj(torch.cat(out, dim=-1))
+        normed = layer.post_attention_layernorm(hidden)
+        inner = layer.mlp.act_fn(layer.mlp.gate_proj(normed)) * layer.mlp.up_proj(normed)
+        inner[where, inner.shape[1] // 2 :] = 0
+        hidden = hidden + layer.mlp.down_proj(inner)
+    return adapter.head(hidden[-1])
+
+
+# ---- measures and schedules
+
+
+def test_dominance_is_what_eager_attention_says(tiny):
+    eager = foveate.load(goldens_dir("nvila") / "nvila" / "ckpt", device="cpu", attn="eager")
+    request = Request("what?", PICTURE)
+    answer = [token for token in eager.respond(request, 4).ids if token not in eager.adapter.placeholders]
+    (row,) = rows_of(eager, [request])
+    with torch.inference_mode():
+        prompt = eager.adapter.embed(torch.cat([row.input_ids, torch.tensor(answer)])[None], row.features)
+        maps = eager.model.llm(**prompt, output_attentions=True).attentions
+    found = dominance.dominance(tiny, request, 4)
+    assert len(found) == len(maps) == 3
+    for layer, attention in zip(found, maps):
+        rows = attention[0, :, -len(answer) :]
+        to_visual = float(rows[..., row.where].sum(-1).mean())
+        n, total = len(row.where), len(row) + len(answer)
+        assert (layer.visual, layer.text) == (n, total - n)
+        mdi = ((1 - to_visual) / (total - n)) / (to_visual / n)
+        assert layer.mdi == pytest.approx(mdi, rel=1e-4)
+        assert layer.aei_text / layer.aei_visual == pytest.approx(mdi, rel=1e-4)
+        assert layer.aei_visual == pytest.approx(to_visual / (n / total), rel=1e-4)
+    fewer = dominance.dominance(tiny, Request("what?", PICTURE, reduce="fastv(keep=0.25, layer=2)"), 4)
+    assert [layer.visual for layer in fewer] == [48, 48, 12]
+    assert set(dominance.stages(found)) == {"early", "middle", "late"}
+
+
+def test_calibration_finds_falls_and_heads(tiny):
+    requests = [Request("what?", PICTURE), Request("who is there?", [OTHER, PICTURE])]
+    method = calibrate(tiny, requests, keep=0.25, layers=(1, 2))
+    assert method.fall[-1] == 1.0 and list(method.fall) == sorted(method.fall)
+    assert tiny.respond(Request("what?", PICTURE, reduce=method), 2).tokens["kept"] == 12
+    assert falls(torch.tensor([1.0, 0.75, 0.5, 0.0]), [1, 2]) == (pytest.approx(1 / 3), 1.0)
+    assert falls(torch.tensor([0.0, 0.5, 1.0]), [1, 2]) == (0.5, 1.0)
+    ratios = torch.stack([dominance.head_ratios(tiny, request) for request in requests])
+    assert ratios.shape == (2, 3, 4) and bool((ratios > 0).all())
+    votes = head_votes(ratios, float(ratios[:, 2].max()))
+    assert bool(votes[:2].all()) and not bool(votes[2].all())
+
+
+@pytest.mark.parametrize("steepness", [1.0, 8.0, 40.0])
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.9])
+def test_a_sigmoid_meets_its_budget_and_never_rises(keep, steepness):
+    counts = schedule.sigmoid_counts(576, 32, keep, steepness)
+    assert counts[0] == 576 and counts == sorted(counts, reverse=True)
+    assert abs(sum(counts) / 32 - keep * 576) <= 1
+
+
+def test_g_search_finds_the_least_of_every_layer():
+    needed = [50, 31, 31, 12, 3, 0]
+
+    def quality(counts):
+        return float(all(have >= want for have, want in zip(counts, needed)))
+
+    assert schedule.g_search(quality, 6, 50, 1.0) == needed
+    best = schedule.steepest(lambda method: -abs(method.steepness - 9.0), keep=0.3, tries=14)
+    assert 6 < best.steepness < 13 and best.keep == 0.3
+
+
+@torch.inference_mode()
+def test_found_rates_are_what_the_layers_see(tiny):
+    request = Request("what?", PICTURE, reduce="schedule(keep=1.0, rates=[0.5, 0.5, 0.25])")
+    batch, _ = decoded(tiny, [request], [])
+    assert batch.rows[0].per_layer == [48, 24, 12]

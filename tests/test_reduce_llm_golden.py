@@ -6,6 +6,7 @@ model. The same tests run on vectors of other seeds, shapes and budgets (FOVEATE
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from foveate.reduce.fastv import FastV
 from foveate.reduce.pyramiddrop import PyramidDrop
 from foveate.reduce.sparsevlm import SparseVLM
 from foveate.reduce.visiondrop import VisionDrop
+from foveate.reduce.yopo import neighbours
 from goldens_io import golden_cases, golden_methods
 
 FAMILY = "tokens"
@@ -192,7 +194,16 @@ def check_sparsevlm_v2(case):
     np.testing.assert_array_equal(found.numpy(), case["out", "vis_keep"])
 
 
+def check_yopo(case):
+    side, window, query = case.params("grid", "window", "query")
+    place = torch.arange(side * side)
+    layout = replace(line(side * side), row=place // side, col=place % side)
+    allowed = neighbours(layout, window)[query].nonzero().flatten()
+    np.testing.assert_array_equal(allowed.numpy(), np.sort(case["out", "allowed"]))
+
+
 CHECKS = {
+    "yopo": check_yopo,
     "fastv": check_fastv,
     "pyramiddrop": check_pyramiddrop,
     "sparsevlm": check_sparsevlm,

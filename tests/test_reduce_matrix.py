@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from families import CLIPS, FAMILIES, clip, picture, tiny
-from foveate.adapters.shape import INSIDE, steps_of
 from foveate.errors import UnsupportedError
-from foveate.reduce.base import Reducer, tokens_per_layer
+from foveate.reduce.base import tokens_per_layer
 from foveate.registry import METHODS
 from foveate.runtime import Clock, open_batch
 from foveate.vlm import Request
@@ -111,3 +110,24 @@ def test_a_method_on_a_family(name, family):
     for place in (2, 3, 4):
         torch.testing.assert_close(first[place], dense_of(family, place, others[place]), atol=1e-5, rtol=1e-5)
     assert torch.equal(rows[1].origin, row.origin)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "smolvlm"])
+def test_methods_in_two_threads_do_not_meet(family):
+    vlm = tiny(family)
+    requests = [
+        Request("what?", picture(5), reduce=text) for text in ("fastv(keep=0.3)", "pyramiddrop(keep=0.2)", None)
+    ]
+    expected = [vlm.respond(request, 3) for request in requests]
+    found: list[list] = [[] for _ in requests]
+
+    def work(index):
+        found[index] += [vlm.respond(requests[index], 3) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [[(a.ids, a.kept) for a in answers] for answers in found] == [[(a.ids, a.kept)] * 3 for a in expected]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in vlm.model.modules())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foveate.adapters.decoder import Recorder, Rotary, attention_mask
+from foveate.adapters.decoder import Recorder, Rotary, attention_mask, thinned
 from foveate.llm_signals import LayerView
 from foveate.rows import Row, pad, places
 
@@ -32,7 +32,7 @@ class Stage:
 
     real: [B, T] bool, False where a cached column is padding; None when none is. position: of the next token, [B, 1] or
     [3, B, 1]. start: [B] the first real column of each row. columns: for each row the columns of its visual tokens;
-    origin: their numbers in the request; layouts: where they come from.
+    origin: their numbers in the request; layouts: where they come from. thin: what layers leave out, see `_thin`.
     """
 
     first: int
@@ -42,6 +42,7 @@ class Stage:
     columns: list[Tensor]
     origin: list[Tensor]
     layouts: list[VisualLayout]
+    thin: list[list[tuple[int, Any]]] | None = None
 
     def grow(self) -> None:
         """One more column, real in every row."""
@@ -55,6 +56,7 @@ class Stage:
         kept = index.tolist()
         self.start, self.columns = [self.start[i] for i in kept], [self.columns[i] for i in kept]
         self.origin, self.layouts = [self.origin[i] for i in kept], [self.layouts[i] for i in kept]
+        self.thin = None if self.thin is None else [self.thin[i] for i in kept]
 
     def without(self, hidden: list[Tensor | None], width: int, device: torch.device) -> Tensor:
         """Real columns [B, width] but for the visual tokens whose numbers are `hidden` in their rows."""
@@ -94,7 +96,7 @@ class Ragged:
         recorder = Recorder(self.cache, {layer - 1 for own in steps for layer in own})
         rotary, allowed = self._open(0, hidden, None if mask is None else mask.bool().to(device), positions.to(device))
         entered = hidden
-        for index, layer in enumerate(self.adapter.layers):
+        for index in range(len(self.adapter.layers)):
             if any(index in own for own in steps):
                 with self.clock.stage("select"):
                     found = self._leave(index, entered, hidden, rotary, recorder, [s.get(index) for s in steps], inputs)
@@ -102,10 +104,13 @@ class Ragged:
                     hidden, real, positions = found
                     rotary, allowed = self._open(index, hidden, real, positions)
             entered = hidden
-            hidden = self._run(layer, hidden, allowed, rotary, recorder)
+            hidden = self._layer(index, hidden, allowed, rotary, recorder, self.stages[-1])
             hidden = self._add_deep(index, hidden)
             for row in rows:
                 row.per_layer.append(row.kept)
+        end = len(self.adapter.layers)
+        if any(end in own for own in steps):  # whoever only watches may see the last layer too
+            self._leave(end, entered, hidden, rotary, recorder, [s.get(end) for s in steps], inputs)
         return self.adapter.head(hidden[:, -1])
 
     def _inputs(self, row: Row, hidden: Tensor, asked: set[str]) -> dict[str, Tensor]:
@@ -160,7 +165,7 @@ class Ragged:
                 seen = (rotary[0][b, start:], rotary[1][b, start:])
                 view = LayerView(
                     before=self.adapter.layers[index - 1],
-                    layer=self.adapter.layers[index],
+                    layer=self.adapter.layers[min(index, len(self.adapter.layers) - 1)],
                     entered=entered[b, start:],
                     rotary=seen,
                     keys=keys[b, :, start:],
@@ -219,7 +224,7 @@ class Ragged:
                     self._look(index, at, entered, hidden, seen_rotary, seen_at, cache, unseen)
                     allowed = self._step_mask(stage, unseen, hidden)
                 entered, seen_at, seen_rotary = hidden, stage, rotary
-                hidden = self._run(layers[index], hidden, allowed, rotary, cache)
+                hidden = self._layer(index, hidden, allowed, rotary, cache, stage)
             stage.position = stage.position + 1
         return self.adapter.head(hidden[:, -1])
 
@@ -280,7 +285,20 @@ class Ragged:
     def _mask(self, real: Tensor | None, new: int, hidden: Tensor) -> Any:
         return attention_mask(real, new, self._config, hidden.dtype, hidden.device)
 
-    def _run(self, layer: Any, hidden: Tensor, mask: Any, rotary: Rotary, cache: Any) -> Tensor:
+    def _layer(self, index: int, hidden: Tensor, mask: Any, rotary: Rotary, cache: Any, stage: Stage) -> Tensor:
+        layer: Any = self.adapter.layers[index]
+        thin = [next((t for at, t in own if at == index), None) for own in self._thin(stage)]
+        if any(part is not None for part in thin):
+            return thinned(layer, hidden, stage.real, rotary, cache, index, thin, stage.columns)
         # Position ids are left out: flash attention would take gaps in them for packed sequences.
         out = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True)
         return out[0] if isinstance(out, tuple) else out
+
+    def _thin(self, stage: Stage) -> list[list[tuple[int, Any]]]:
+        """For each row (layer, what it leaves out) of its steps at site "compute"; made once a stage."""
+        if stage.thin is None:
+            stage.thin = [
+                [(step.layer, step.select({}, layout)) for step in row.steps if step.site == "compute" and len(layout)]
+                for row, layout in zip(self.rows, stage.layouts)
+            ]
+        return stage.thin

@@ -180,7 +180,7 @@ def check_reducers(reducers: Sequence[Any], vlm: VLM) -> None:
             site, layer = SITES[both[0][0]], both[0][1]
             where = f"layer {layer} of site {site}" if site in ("encoder", "llm") else f"site {site}"
             raise RecipeError(f"{first.text()} and {second.text()} both reduce at {where}; drop one of them")
-        if own[0] > others[0]:
+        if own and others and own[0] > others[0]:
             raise RecipeError(
                 f"{second.name} acts at {SITES[others[0][0]]}, before {first.name} at {SITES[own[0][0]]}; "
                 f"write {second.name} first"

@@ -130,7 +130,15 @@ class Adapter(ABC):
     @property
     def shape(self) -> Shape:
         """What decides where a reduction acts."""
-        return Shape(self.num_blocks, len(self.layers), self.has_cls, self.sites, self.signals, self.num_heads)
+        return Shape(
+            self.num_blocks,
+            len(self.layers),
+            self.has_cls,
+            self.sites,
+            self.signals,
+            self.num_heads,
+            self.text_config.num_attention_heads,
+        )
 
     @property
     def text_model(self) -> nn.Module:

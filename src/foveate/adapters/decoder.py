@@ -6,6 +6,7 @@ rows, rotary embedding, masks in the form that each attention backend takes, and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,6 +91,72 @@ def attention_mask(real: Tensor | None, new: int, config: Any, dtype: torch.dtyp
     if kind == "sdpa":
         return allowed
     return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def thinned(
+    layer: nn.Module,
+    hidden: Tensor,
+    real: Tensor | None,
+    rotary: Rotary,
+    cache: Any,
+    index: int,
+    thin: Sequence[Any],
+    columns: Sequence[Tensor],
+) -> Tensor:
+    """A decoder layer in which some rows leave parts out. Returns the new states [B, L, D].
+
+    thin: for each row a `reduce.base.Compute`, or None. columns: for each row the cached columns of its visual tokens;
+    while L = 1 they lie before the new token. real: as `attention_mask`.
+    """
+    attention: Any = layer.self_attn
+    normed = layer.input_layernorm(hidden)
+
+    def heads(kind: str) -> Tensor:
+        states = getattr(attention, f"{kind}_proj")(normed).unflatten(-1, (-1, attention.head_dim))
+        norm = getattr(attention, f"{kind}_norm", None)
+        return (states if norm is None else norm(states)).transpose(1, 2)
+
+    around = (rotary[0][:, None], rotary[1][:, None])
+    query = rotate(heads("q"), around)
+    keys, values = cache.update(rotate(heads("k"), around), heads("v"), index)
+    new, total = hidden.shape[1], keys.shape[2]
+    prompt = new == total
+    causal = torch.ones(new, total, dtype=torch.bool, device=hidden.device).tril(total - new)
+    allowed = causal.expand(len(hidden), 1, new, total)
+    if real is not None:
+        allowed = allowed & real[:, None, None, :]
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    allowed = allowed.clone()
+    for b, part in enumerate(thin):
+        if part is None:
+            continue
+        visual = columns[b].to(hidden.device)
+        if part.window is not None and prompt:
+            allowed[b, 0, visual[:, None], visual] = part.window.to(hidden.device)
+        if part.seen is not None:
+            gone = (~part.seen).nonzero().flatten().to(hidden.device)
+            values[b, gone[:, None], visual] = 0
+    out = nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=allowed, scale=scale_of(layer))
+    for b, part in enumerate(thin):
+        if part is not None and part.written is not None and prompt:
+            gone = (~part.written).nonzero().flatten().to(hidden.device)
+            out[b, gone[:, None], columns[b].to(hidden.device)] = 0
+    hidden = hidden + attention.o_proj(out.transpose(1, 2).flatten(2))
+    normed = layer.post_attention_layernorm(hidden)
+    inner = layer.mlp(normed)
+    for b, part in enumerate(thin):
+        if part is not None and part.channels < 1 and prompt:
+            visual = columns[b].to(hidden.device)
+            inner[b, visual] = _narrow_mlp(layer.mlp, normed[b, visual], part.channels)
+    return hidden + inner
+
+
+def _narrow_mlp(mlp: Any, states: Tensor, share: float) -> Tensor:
+    """A gated MLP with the first `share` of its inner channels. [N, D] -> [N, D]."""
+    inner = mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states)
+    inner[:, max(1, int(inner.shape[1] * share)) :] = 0
+    return mlp.down_proj(inner)
 
 
 class Recorder:

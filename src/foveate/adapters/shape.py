@@ -16,9 +16,9 @@ INSIDE = ("llm", "compute", "cache")
 
 @dataclass(frozen=True)
 class Shape:
-    """blocks: encoder blocks that are used; heads: of their attention (0: not known). layers: decoder layers. cls: the
-    encoder has a CLS token. sites: where reducers may act. signals: base names of the encoder-side signals on offer,
-    without "@block"."""
+    """blocks: encoder blocks that are used, with attention of `heads` (0: not known). layers: decoder layers, with
+    attention of `text_heads`. cls: the encoder has a CLS token. sites: where reducers may act. signals: base names of
+    the encoder-side signals on offer, without "@block"."""
 
     blocks: int
     layers: int
@@ -26,6 +26,7 @@ class Shape:
     sites: tuple[str, ...] = SITES
     signals: tuple[str, ...] = ()
     heads: int = 0
+    text_heads: int = 1
 
 
 def steps_of(reducers: Iterable[Any], shape: Shape) -> tuple[Any, ...]:

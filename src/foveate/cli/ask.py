@@ -17,6 +17,7 @@ from foveate.cli.common import (
     parse_reduce,
     positive_int,
     print_json,
+    print_table,
 )
 from foveate.errors import InputError
 
@@ -30,6 +31,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--frames", type=positive_int, metavar="N", help="frames per clip (default: the model's)")
     parser.add_argument("--max-new-tokens", type=positive_int, default=128, metavar="N")
     parser.add_argument("--show", metavar="FILE", help="draw the visual tokens that stay over the picture")
+    parser.add_argument(
+        "--dominance", action="store_true", help="how much text outweighs the picture in each layer (MDI, AEI)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what the request would become, and run nothing")
     add_method_options(parser)
     add_model_options(parser)
@@ -55,12 +59,36 @@ def run(args: argparse.Namespace) -> int:
         plan = vlm.plan(user_message(media, question), num_frames=args.frames)
         with new_file(args.show) as path:
             kept_picture(plan, vlm.spec, vlm.adapter.layout(plan), answer.kept).save(path)
+    looks = _dominance(vlm, user_message(media, question), args) if args.dominance else None
     if args.json:
-        print_json({"answer": answer.text, "tokens": answer.tokens, "ms": answer.ms})
+        result = {"answer": answer.text, "tokens": answer.tokens, "ms": answer.ms}
+        print_json(result if looks is None else {**result, "dominance": [vars(layer) for layer in looks]})
     else:
         print()
         print(summary(answer), file=sys.stderr)
+        if looks is not None:
+            _show_dominance(looks)
     return 0
+
+
+def _dominance(vlm: Any, messages: list[dict[str, Any]], args: argparse.Namespace) -> list[Any]:
+    from foveate.reduce.dominance import dominance
+    from foveate.vlm import Request
+
+    request = Request(messages=messages, num_frames=args.frames, reduce=parse_reduce(args.reduce))
+    return dominance(vlm, request, args.max_new_tokens)
+
+
+def _show_dominance(layers: list[Any]) -> None:
+    """A table of the layers, and of their thirds."""
+    from foveate.reduce.dominance import stages
+
+    named = [(str(layer.layer), layer) for layer in layers] + list(stages(layers).items())
+    rows = [
+        [name, str(d.text), str(d.visual), f"{d.mdi:.2f}", f"{d.aei_text:.2f}", f"{d.aei_visual:.2f}"]
+        for name, d in named
+    ]
+    print_table(["layer", "text", "visual", "MDI", "AEI text", "AEI visual"], rows, left=1)
 
 
 def split_inputs(inputs: list[str]) -> tuple[list[str], str]:

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -72,7 +72,24 @@ class Reduction:
         return self.weights is not None or not torch.equal(self.keep.cpu(), torch.arange(n))
 
 
-Select = Callable[[dict[str, Tensor], "VisualLayout"], Reduction]
+@dataclass(frozen=True)
+class Compute:
+    """What one decoder layer leaves out for the N visual tokens of a request, which all stay.
+
+    window: [N, N] bool, which visual tokens a visual token attends to instead of the earlier ones; None: as ever.
+    seen: [H] bool, heads in which visual keys still count; elsewhere their attention is set to zero after the softmax.
+    written: [H] bool, heads whose output at visual tokens counts. channels: the share of the MLP's inner channels that
+    visual tokens use, the first ones.
+    """
+
+    window: Tensor | None = None
+    seen: Tensor | None = None
+    written: Tensor | None = None
+    channels: float = 1.0
+
+
+Select = Callable[[dict[str, Tensor], "VisualLayout"], Any]
+"""(signals, layout) -> Reduction (at site "compute": Compute)."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +97,10 @@ class Step:
     """One place where a method acts on a request.
 
     site: one of SITES. select: the method there; N is the number of tokens that are left when the step comes, and the
-    layout is narrowed to them. count(n, total): tokens that stay of a group of n, where `total` features were to enter
-    the language model (total = n before it). layer: encoder block or decoder layer; at site "llm" tokens leave at the
-    input of decoder layer `layer`. where: at site "encoder", at the block's output, or between its attention and MLP.
+    layout is narrowed to them. At site "compute" it returns a `Compute` for layer `layer`. count(n, total): tokens that
+    stay of a group of n, where `total` features were to enter the language model (total = n before it). layer: encoder
+    block or decoder layer; at site "llm" tokens leave at the input of decoder layer `layer`. where: at site "encoder",
+    at the block's output, or between its attention and MLP.
     position: "keep" leaves tokens at their positions, "renumber" closes the gaps. newline: what becomes of separators
     once something was dropped: all stay ("keep"), all go ("drop"), or those stay that end a row of which something
     is left ("row").
@@ -175,7 +193,8 @@ class Reducer(Method):
                 )
             if step.site in INSIDE:
                 check_layers(adapter.layers, adapter.text_config, self.name)
-                if not 1 <= step.layer < len(adapter.layers):
+                first = 0 if step.site == "compute" else 1
+                if not first <= step.layer < len(adapter.layers):
                     raise RecipeError(
                         f"{self.name} acts before layer {step.layer} of the language model; this one has "
                         f"{len(adapter.layers)} layers, so 1 to {len(adapter.layers) - 1} are possible"
