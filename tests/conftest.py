@@ -60,3 +60,12 @@ def pictures(tmp_path_factory):
     Image.fromarray(rng.integers(0, 256, (64, 96, 3), dtype=np.uint8)).save(folder / "a.png")
     Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / "b.jpg")
     return folder
+
+
+@pytest.fixture(scope="module")
+def tinies(tmp_path_factory):
+    """The tiny checkpoints (files only) of the families of transformers, by family."""
+    from families_hf import FAMILIES, tiny
+
+    with pytest.MonkeyPatch.context() as patch:
+        yield {family: tiny(family, tmp_path_factory.mktemp(family), patch) for family in FAMILIES}

@@ -14,6 +14,7 @@ from PIL import Image
 from foveate.adapters.vocabulary import byte_tokenizer
 from foveate.data.families import DEFAULTS, IMG, VISION, family_spec, family_template, family_tokens
 from foveate.data.hf import spec_from_hf
+from foveate.data.sample import VideoSource
 from foveate.data.spec import PreprocessSpec
 
 MODELS = "transformers.models."
@@ -168,3 +169,30 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     y, x = np.mgrid[:height, :width]
     noise = np.random.default_rng(seed + 7 * width + height).integers(0, 256, (height, width))
     return Image.fromarray(np.stack([x % 256, y % 256, noise], -1).astype(np.uint8))
+
+
+def ask(*pictures: Any, text: str = "Which?", kind: str = "image") -> list[dict[str, Any]]:
+    """A system message, and a user's with media and a text."""
+    parts = [{"type": kind, kind: item} for item in pictures]
+    return [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [*parts, {"type": "text", "text": text}]},
+    ]
+
+
+def bare(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same messages in the form of transformers: parts everywhere, media without payload."""
+    return [
+        {
+            "role": m["role"],
+            "content": [{"type": "text", "text": m["content"]}]
+            if isinstance(m["content"], str)
+            else [part if part["type"] == "text" else {"type": part["type"]} for part in m["content"]],
+        }
+        for m in messages
+    ]
+
+
+def frames_of(frames: int, width: int = 64, height: int = 40, fps: float = 0.0) -> VideoSource:
+    """A clip of so many frames that all differ."""
+    return VideoSource([picture(width, height, seed) for seed in range(frames)], fps=fps)
