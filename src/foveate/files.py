@@ -31,10 +31,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies: file and name in it."""
+    """Where one tensor lies: file and name in it. octets: it is words of 32 bits and is read as bytes."""
 
     path: Path
     key: str
+    octets: bool = False
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -112,6 +113,8 @@ def fill(
             raise CheckpointError(f"tensor {name!r} is missing from {source}: expected shape {shape}, found none")
         stored = tensors[name]
         actual = tuple(handles[stored.path].get_slice(stored.key).get_shape())
+        if stored.octets:
+            actual = (*actual[:-1], 4 * actual[-1])
         if actual != shape:
             raise CheckpointError(
                 f"tensor {name!r} ({stored.key!r} in {stored.path}) has shape {actual}, the config expects {shape}"
@@ -126,6 +129,7 @@ def fill(
     for name in expected:
         stored = tensors[name]
         value = handles[stored.path].get_tensor(stored.key)
+        value = value.view(torch.uint8) if stored.octets else value
         # packed integers and their scales are buffers: they stay as stored
         wanted = dtype if dtype is not None and name in parameters else value.dtype
         state[name] = value.to(device=device, dtype=wanted)

@@ -99,12 +99,13 @@ class Recipe:
             if method.socket != "reduce":
                 method.check(vlm)
 
-    def apply(self, vlm: VLM, *, quiet: bool = False, state: Path | None = None) -> VLM:
+    def apply(self, vlm: VLM, *, quiet: bool = False, state: Path | None = None, progress: bool = False) -> VLM:
         """A new VLM with this recipe on top; `vlm` stays as it is. Prints the effect on standard error.
 
         Copy on write: layers that no method replaces share their tensors with `vlm`, so train neither of the two while
         the other is in use. state: a folder from which a calibration that was killed is resumed (see
-        `foveate.weights.calibrate`). Raises as `check`, and as `calibrate.compress_`.
+        `foveate.weights.calibrate`). progress: show that of a calibration even when `quiet`. Raises as `check`, and as
+        `calibrate.compress_`.
         """
         from foveate.vlm import VLM
 
@@ -117,7 +118,10 @@ class Recipe:
         if self.of("weights"):
             from foveate.weights.calibrate import compress_
 
-            after.calibration = {**vlm.calibration, **compress_(after, self.of("weights"), state=state, quiet=quiet)}
+            after.calibration = {
+                **vlm.calibration,
+                **compress_(after, self.of("weights"), state=state, quiet=quiet and not progress),
+            }
         if self and not quiet:
             from foveate.effect import effect
 

@@ -269,18 +269,20 @@ class VLM:
 
     # ---- files
 
+    def extra_files(self) -> dict[str, dict[str, Any]]:
+        """The JSON files beside a checkpoint: what was applied to it, and on what data."""
+        from foveate.recipe import FILE
+
+        extra = {FILE: self.recipe.to_json(self.adapter.family)} if self.recipe else {}
+        return extra | ({"calibration.json": self.calibration} if self.calibration else {})
+
     def save(self, path: str | Path) -> None:
         """Write the checkpoint, with its preprocessing spec and recipe, to the folder `path`: whole or not at all.
 
         An older checkpoint at `path` is replaced. Raises CheckpointError: `path` holds something else, a full disk.
         """
-        from foveate.recipe import FILE
-
-        extra = {FILE: self.recipe.to_json(self.adapter.family)} if self.recipe else {}
-        if self.calibration:
-            extra["calibration.json"] = self.calibration
         try:
-            self.adapter.save(Path(path), extra)
+            self.adapter.save(Path(path), self.extra_files())
         except OSError as error:
             raise CheckpointError(f"could not write {path}: {error.strerror or error}; nothing was changed") from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,6 +25,7 @@ from foveate.adapters.tower import PATCH_SIGNALS
 from foveate.data.spec import PreprocessSpec
 from foveate.errors import CheckpointError
 from foveate.files import (
+    Stored,
     fill,
     read_json,
     replacing,
@@ -114,7 +116,7 @@ class HfAdapter(Adapter):
         tokenizer = _tokenizer(path)
         cls.check_config(config)
         cls.check_tokens(tokenizer, spec, config, path)
-        tensors = {cls.canonical(stored.key): stored for stored in stored_tensors(path)}
+        tensors = dict(_ours(cls.canonical(stored.key), stored) for stored in stored_tensors(path))
         model = empty(cls.model_class(), config, attn)
         if prepare is not None:
             prepare(cls.parts_of(model))
@@ -127,7 +129,7 @@ class HfAdapter(Adapter):
             device,
             path,
             tied=tied,
-            ignored=(".head.",),
+            ignored=(".head.", ".weight_shape"),
             family=cls.architecture,
         )
         model.config.dtype = wanted
@@ -170,11 +172,16 @@ class HfAdapter(Adapter):
     @classmethod
     def _config(cls, path: Path) -> Any:
         data = read_json(path / "config.json")
-        if data.get("quantization_config"):
-            kind = data["quantization_config"].get("quant_method", "an unknown method")
+        kind = (data.get("quantization_config") or {}).get("quant_method")
+        ours = kind == "compressed-tensors" and (path / "recipe.json").is_file()
+        if data.get("quantization_config") and not ours:
+            kind = kind or "an unknown method"
             raise CheckpointError(f"{path} is quantized with {kind}; give the folder of the unquantized checkpoint")
         try:
-            return cls.model_class().config_class.from_pretrained(path, local_files_only=True)
+            config = cls.model_class().config_class.from_pretrained(path, local_files_only=True)
+            if ours:  # our layers say themselves what they hold
+                del config.quantization_config
+            return config
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             text = " ".join(str(error).split())
             raise CheckpointError(f"{path}/config.json cannot be read as {cls.family}: {text}") from error
@@ -185,10 +192,20 @@ class HfAdapter(Adapter):
         shared = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         return ("lm_head.weight",) if shared else ()
 
-    def save(self, path: Path, extra: dict[str, dict[str, Any]]) -> None:
+    def save(
+        self,
+        path: Path,
+        extra: dict[str, dict[str, Any]],
+        *,
+        tensors: dict[str, Tensor] | None = None,
+        quantization: dict[str, Any] | None = None,
+    ) -> None:
+        """As `Adapter.save`. tensors: in place of the model's state; quantization: what config.json says of them."""
         config = copy.deepcopy(self.model.config)
         config.architectures = [self.architecture]
-        state = _without(dict(self.model.state_dict()), self._tied(self.model))
+        if quantization is not None:
+            config.quantization_config = quantization
+        state = _without(dict(self.model.state_dict()) if tensors is None else tensors, self._tied(self.model))
         with replacing(path) as folder:
             config.save_pretrained(folder)
             write_tensors(folder, state)
@@ -266,6 +283,13 @@ class HfAdapter(Adapter):
 
 def _without(tensors: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in tensors.items() if name not in names}
+
+
+def _ours(name: str, stored: Stored) -> tuple[str, Stored]:
+    """Our name of a tensor that is stored as compressed-tensors has it."""
+    if name.endswith(".weight_packed"):
+        return name.removesuffix(".weight_packed") + ".packed", replace(stored, octets=True)
+    return name.removesuffix(".weight_scale") + ".scale" if name.endswith(".weight_scale") else name, stored
 
 
 def _tokenizer(path: Path) -> PreTrainedTokenizerFast:

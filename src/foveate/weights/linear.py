@@ -114,15 +114,16 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        scale = absmax_scale(rows)
+        # the rule of compressed-tensors, so that an exported model computes the same (SmoothQuant divides by 127)
+        scale = rows.abs().amax(dim=-1, keepdim=True).clamp(min=1e-5) / 127.5
+        codes = (rows / scale).round().clamp(-128, 127)
         if self.in_integers(rows):
-            codes = (rows / scale).round().to(torch.int8)
-            product = torch._int_mm(codes, self.weight.t())
+            product = torch._int_mm(codes.to(torch.int8), self.weight.t())
             y = (product.float() * scale.float() * self.scale.t()).to(x.dtype)
             y = y if self.bias is None else y + self.bias
         else:
             weight = (self.weight.float() * self.scale).to(x.dtype)
-            y = F.linear((rows / scale).round() * scale, weight, self.bias)
+            y = F.linear(codes * scale, weight, self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 
     def in_integers(self, rows: Tensor) -> bool:
