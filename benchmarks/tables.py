@@ -218,6 +218,35 @@ def weights(name: str, report: Row | None) -> str:
     return "\n\n".join([*parts, conditions(report)])
 
 
+def cache(name: str, report: Row | None) -> str:
+    """What each setting of a cache method (of all, for "") keeps when the pictures are read back from the cache."""
+    if report is None:
+        return missing("cache")
+    parts = []
+    nano, stories = report["nano"], report.get("stories")
+    rows = [
+        [f"`{row['recipe']}`", f"{row['mean']:.3f}", with_interval(row["paired"]), f"{row['ratio']:.2f}"]
+        for row in nano["rows"]
+        if name in ("", row["method"])
+    ]
+    if rows:
+        parts.append(table(["on nano", "mean accuracy", "against dense [95 %]", "bytes to dense, float32"], rows))
+        parts.append(
+            f"Dense: {nano['dense']:.3f}, {nano['limit']} questions a skill, {nano['tokens']:.0f} cached tokens."
+        )
+    rows = [
+        [f"`{row['recipe']}`", f"{row['perplexity']:.2f}", f"{row['perplexity'] / stories['dense']:.3f}"]
+        for row in (stories["rows"] if stories else [])
+        if name in ("", row["method"])
+    ]
+    if rows:
+        parts.append(table(["on the stories model", "perplexity", "ratio to dense"], rows))
+        parts.append(f"Dense: {stories['dense']:.2f} on {stories['tokens']} tokens, {stories['step']} at a time.")
+    if not parts:
+        return f"*Not taken yet: `benchmarks/results/cache.json` holds no recipe of `{name}`.*"
+    return "\n\n".join([*parts, conditions(report)])
+
+
 TABLES: dict[str, tuple[str, Callable[[Row | None], str]]] = {
     "nano_quality": ("nano_quality", nano_quality),
     "nano_real": ("nano_quality", nano_real),
@@ -231,10 +260,11 @@ def make(name: str, results: Path = RESULTS) -> str:
         return method(name.partition("_")[2], load("methods", results))
     if name == "weights" or name.startswith("weights_"):
         return weights(name.partition("_")[2], load("weights", results))
+    if name == "cache" or name.startswith("cache_"):
+        return cache(name.partition("_")[2], load("cache", results))
     if name not in TABLES:
-        raise SystemExit(
-            f"unknown table {name!r}; known: {', '.join(TABLES)}, methods, methods_<name>, weights, weights_<name>"
-        )
+        known = [*TABLES, *(f"{kind}{rest}" for kind in ("methods", "weights", "cache") for rest in ("", "_<name>"))]
+        raise SystemExit(f"unknown table {name!r}; known: {', '.join(known)}")
     file, build = TABLES[name]
     return build(load(file, results))
 

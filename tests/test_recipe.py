@@ -162,7 +162,7 @@ def test_the_effect_is_measured_and_printed(tiny, capsys):
 def test_reducers_and_caches_share_the_model(tiny):
     other = Recipe.parse("uniform(keep=0.5) + int8").apply(tiny, quiet=True)
     assert other.model is tiny.model
-    assert type(other.new_cache().layers[0]).__name__ == "Int8Layer"
+    assert type(other.new_cache().layers[0]).__name__ == "PackedLayer"
     assert type(tiny.new_cache().layers[0]).__name__ == "DynamicLayer"
     assert tiny.ask(PICTURE, "what?", max_new_tokens=1).tokens["kept"] == 48
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 if TYPE_CHECKING:
     from foveate.adapters.layout import VisualLayout
     from foveate.data.plan import Plan
     from foveate.vlm import VLM
-
-_PROBE = 64
-"""Tokens put into a cache to measure its bytes."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +82,10 @@ def _kept(vlm: VLM, layout: VisualLayout) -> int:
 
 def cache_bytes_per_token(vlm: VLM) -> float:
     """Bytes that one token of one request takes in all layers of the cache, measured on a filled cache."""
-    from foveate.cache.base import cache_bytes
+    from foveate.cache.base import bytes_per_token, head_width
 
-    config, cache = vlm.adapter.text_config, vlm.new_cache()
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    states = torch.ones(1, config.num_key_value_heads, _PROBE, width, dtype=vlm.dtype)
-    for index in range(config.num_hidden_layers):
-        cache.update(states.clone(), states.clone(), index)
-    return cache_bytes(cache) / _PROBE
+    config = vlm.adapter.text_config
+    return bytes_per_token(vlm.new_cache(), config.num_key_value_heads, head_width(config), vlm.dtype)
 
 
 def _reference(vlm: VLM) -> Plan:

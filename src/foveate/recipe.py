@@ -159,6 +159,9 @@ class Recipe:
 def _conflict(first: Method, second: Method) -> str:
     """Why two methods cannot stand in one recipe, or ""."""
     if first.socket != second.socket:
+        reducer, cache = (first, second) if first.socket == "reduce" else (second, first)
+        if "cache" in reducer.sites and reducer.socket == "reduce" and getattr(cache, "evicts", False):
+            return f"do not go together: {reducer.name} chooses among cached tokens, {cache.name} forgets some"
         return ""
     if first.socket == "cache":
         return "are both caches, and a request has one"

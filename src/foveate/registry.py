@@ -92,6 +92,12 @@ METHODS = Registry(
         "smoothquant": "foveate.weights.smoothquant:SmoothQuant",
         "mbq": "foveate.weights.mbq:MBQ",
         "int8": "foveate.cache.int8:Int8Cache",
+        "fp8": "foveate.cache.fp8:Fp8Cache",
+        "kivi": "foveate.cache.kivi:Kivi",
+        "kvquant": "foveate.cache.kvquant:KVQuant",
+        "vidkv": "foveate.cache.vidkv:VidKV",
+        "sink": "foveate.cache.sink:Sink",
+        "alisa": "foveate.cache.alisa:Alisa",
     },
     group="foveate.methods",
 )

@@ -234,21 +234,17 @@ def _stored_bytes(method: Any, part: str, inputs: int, outputs: int) -> int:
 
 def kv_bytes(shape: ModelShape, dtype: str = "bfloat16", method: Any = None) -> float:
     """Cache bytes of one token of one request: all layers, keys and values. method: of the cache socket; its own layer
-    is filled with a few tokens and measured, scales included."""
+    is filled and measured, scales and windows included."""
     if method is None:
         return float(2 * shape.layers * shape.kv_heads * shape.head_size * bytes_of(dtype))
     from types import SimpleNamespace
 
     import torch
 
-    from foveate.cache.base import cache_bytes
+    from foveate.cache.base import bytes_per_token
 
-    tokens = 16
-    states = torch.zeros(1, shape.kv_heads, tokens, shape.head_size, dtype=getattr(torch, dtype))
-    layers = [method.layer(index) for index in range(shape.layers)]
-    for layer in layers:
-        layer.update(states, states)
-    return cache_bytes(SimpleNamespace(layers=layers)) / tokens
+    cache = SimpleNamespace(layers=[method.layer(index) for index in range(shape.layers)])
+    return bytes_per_token(cache, shape.kv_heads, shape.head_size, getattr(torch, dtype))
 
 
 def bytes_moved(shape: ModelShape, request: Request, stored: dict[str, float], kv: float) -> dict[str, float]:
