@@ -8,18 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+import families_hf
 import foveate
-from families import FAMILIES, clip, picture, tiny
+from families import FAMILIES, clip, picture, spread, tiny
+from families import PRESETS as SMALL
+from foveate.adapters import ADAPTERS
 from foveate.adapters.base import COMMON_SIGNALS
-from foveate.adapters.presets import PRESETS, describe
+from foveate.adapters.presets import PRESETS, HfPreset, config_of, describe
 from foveate.effect import effect
 from foveate.errors import CheckpointError, InputError, UnknownNameError, UnsupportedError
-from foveate.nvila.initialise import empty
+from foveate.nvila.initialise import empty, randomise
 from foveate.recipe import Recipe
 from foveate.reduce.base import Scorer
 from foveate.vlm import VLM, Request
@@ -275,3 +279,36 @@ def test_what_a_family_cannot_do_is_said(tmp_path: Path):
         foveate.load("llava-1.5", random_weights=True)
     with pytest.raises(CheckpointError, match=r"'qwen2\.5-vl-7b' is an architecture without weights; give the folder"):
         foveate.load("qwen2.5-vl-7b")
+
+
+# ---- checkpoints as they are published
+
+
+@pytest.mark.parametrize("family", families_hf.FAMILIES)
+def test_a_published_folder_answers_as_transformers_does(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A folder without any file of ours, against the family's own processor and model from a picture's pixels on."""
+    folder = families_hf.tiny(family, tmp_path, monkeypatch)
+    base, stored = SMALL[family], families_hf.FILES[family][3]
+    vision = {**base.vision, "patch_size": folder.spec.patch_size, **stored.get("vision_config", {})}
+    options = {**base.options, **{name: value for name, value in stored.items() if name != "vision_config"}}
+    if family == "qwen2_5_vl":
+        vision["window_size"] = 56
+    if family == "internvl":
+        options["image_seq_length"] = folder.spec.token_side**2
+    preset = HfPreset(family, vision, {**base.text, "vocab_size": 384}, options)
+    architecture = ADAPTERS.get(family).model_class()
+    model = randomise(empty(architecture, config_of(preset, folder.spec, folder.tokenizer)), torch.float32)
+    spread(model)
+    model.save_pretrained(tmp_path)
+    vlm = foveate.load(tmp_path, device="cpu")
+    assert vlm.spec == folder.spec and not (tmp_path / "preprocess.json").exists()
+
+    pictures = [families_hf.picture(100, 70)]
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    theirs = folder.reference([{"role": "user", "content": parts}], pictures)
+    inputs = {name: torch.as_tensor(np.asarray(value)) for name, value in theirs.items()}
+    if family.startswith("qwen"):
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == model.config.image_token_id).long()
+    expected = model(**inputs).logits[0, -1]
+    found = vlm.logits(Request("What is it?", pictures))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
