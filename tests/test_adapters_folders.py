@@ -284,6 +284,31 @@ def test_what_a_family_cannot_do_is_said(tmp_path: Path):
 # ---- checkpoints as they are published
 
 
+@pytest.mark.parametrize(
+    ("family", "stored", "ours"),
+    [
+        (
+            "llava",
+            "language_model.model.layers.0.mlp.up_proj.weight",
+            "model.language_model.layers.0.mlp.up_proj.weight",
+        ),
+        ("llava", "language_model.lm_head.weight", "lm_head.weight"),
+        ("llava", "vision_tower.vision_model.pre_layrnorm.bias", "model.vision_tower.pre_layrnorm.bias"),
+        ("llava", "model.vision_tower.vision_model.pre_layrnorm.bias", "model.vision_tower.pre_layrnorm.bias"),
+        ("llava_next", "image_newline", "model.image_newline"),
+        ("internvl", "multi_modal_projector.linear_1.bias", "model.multi_modal_projector.linear_1.bias"),
+        ("qwen2_5_vl", "visual.blocks.0.attn.qkv.bias", "model.visual.blocks.0.attn.qkv.bias"),
+        ("qwen2_5_vl", "model.embed_tokens.weight", "model.language_model.embed_tokens.weight"),
+        ("qwen2_vl", "model.layers.1.self_attn.q_proj.bias", "model.language_model.layers.1.self_attn.q_proj.bias"),
+        ("qwen3_vl", "model.visual.merger.norm.bias", "model.visual.merger.norm.bias"),
+        ("smolvlm", "model.text_model.norm.weight", "model.text_model.norm.weight"),
+    ],
+)
+def test_names_of_published_tensors_find_their_place(family: str, stored: str, ours: str):
+    assert tiny(family).adapter.canonical(stored) == ours
+    assert ours in tiny(family).model.state_dict()
+
+
 @pytest.mark.parametrize("family", families_hf.FAMILIES)
 def test_a_published_folder_answers_as_transformers_does(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A folder without any file of ours, against the family's own processor and model from a picture's pixels on."""

@@ -68,7 +68,6 @@ class HfAdapter(Adapter):
     renames: ClassVar[tuple[tuple[str, str], ...]] = (
         ("language_model.lm_head.", "lm_head."),
         ("language_model.model.", "model.language_model."),
-        ("vision_tower.vision_model.", "model.vision_tower."),
         ("vision_tower.", "model.vision_tower."),
         ("multi_modal_projector.", "model.multi_modal_projector."),
         ("image_newline", "model.image_newline"),
