@@ -121,6 +121,17 @@ def check_flowcut(case):
     equal(calls, case, "score_calls")
 
 
+def check_flowcut_llm(case):
+    start, length, end, target = case.params("visual_start", "visual_len", "last_instruct_pos", "target")
+    query, keys, values = (case.tensor(name) for name in "qkv")
+    seen = slice(start, start + length)
+    scale = query.shape[-1] ** -0.5
+    attention = (query[:, end - 1, None] * keys * scale).sum(dim=-1).softmax(dim=-1)[:, seen]
+    semantic = ((values[:, end - 1, None] * values[:, seen]).sum(dim=-1) * scale).softmax(dim=-1)
+    score = flowcut.flow_inside(attention, semantic, values[:, seen].transpose(0, 1))
+    equal(top_k(score, target), case, "keep")
+
+
 def check_mmtok(case):
     if ("param", "question") in case:
         assert mmtok.keywords(case["param", "question"]) == case["out", "keywords"]
@@ -240,6 +251,16 @@ def with_newlines(rows, states, newline=9.0):
     return torch.cat(lines) if lines else states
 
 
+def check_holitom_inner(case):
+    start, length, gone = case.params("image_start", "image_len", "R")
+    hidden, attention = case.tensor("hidden_in"), case.tensor("attn_last_query").mean(dim=0)
+    seen = slice(start, start + length)
+    kept, weights = holitom.halving(hidden[seen], attention[seen], round(length * (1 - gone)))
+    after = torch.arange(start + length, len(hidden))
+    equal(torch.cat([torch.arange(start), kept + start, after]), case, "keep_all")
+    near(torch.cat([hidden[:start], weights @ hidden[seen], hidden[after]]), case, "hidden_out")
+
+
 def check_quota(case):
     side, frames, per_frame, version = case.params("side", "total_frames_budget", "tokens_per_frame", "version")
     x = case.tensor("x")
@@ -294,7 +315,9 @@ def check_prunevid(case):
     for column, name in enumerate(("static_sizes", "dynamic_sizes", "window_sizes")):
         equal([size[column] for size in sizes], case, name)
     near(merged, case, "merged", atol=1e-4)
-    equal(prunevid.attended(case.tensor("text_to_img_attn"), sizes, alpha), case, "llm_keep_sorted")
+    each = [n for static, dynamic, frames in sizes for n in (static, *[dynamic // frames] * frames)]
+    sets = torch.repeat_interleave(torch.arange(len(each)), torch.tensor(each))
+    equal(prunevid.attended(case.tensor("text_to_img_attn"), sets, alpha), case, "llm_keep_sorted")
 
 
 OFFICIAL_LAYERS = 28
@@ -331,10 +354,12 @@ CHECKS = {
     "dycoke": check_dycoke,
     "fastervlm": check_fastervlm,
     "flowcut": check_flowcut,
+    "flowcut_llm": check_flowcut_llm,
     "framefusion": check_framefusion,
     "globalcom2": check_globalcom2,
     "hired": check_hired,
     "holitom": check_holitom,
+    "holitom_inner": check_holitom_inner,
     "mmtok": check_mmtok,
     "pitome": check_pitome,
     "prumerge": check_prumerge,
@@ -366,6 +391,10 @@ def test_golden_tokens_files_of_registered_methods_are_all_checked():
     checked = set(CHECKS)
     if importlib.util.find_spec("test_reduce_llm_golden"):  # the methods inside the language model have their own file
         checked |= set(importlib.import_module("test_reduce_llm_golden").CHECKS)
-    unchecked = [name for name in golden_methods(FAMILY) if name.split("_llm")[0] in METHODS and name not in checked]
+    unchecked = [
+        name
+        for name in golden_methods(FAMILY)
+        if any(name == m or name.startswith(f"{m}_") for m in METHODS) and name not in checked
+    ]
     assert unchecked == []
     assert CASES

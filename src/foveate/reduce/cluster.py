@@ -19,7 +19,7 @@ def density_peaks(x: Tensor, clusters: int, neighbours: int) -> tuple[Tensor, Te
     n, width = x.shape
     clusters = min(clusters, n)
     x = x.float()
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / width**0.5
+    distance = (torch.cdist(x, x) / width**0.5).cpu()  # taken where the points are
     nearest = distance.topk(min(neighbours, n), dim=1, largest=False).values
     density = (-nearest.square().mean(dim=1)).exp()
     rank = torch.empty(n, dtype=torch.int64)

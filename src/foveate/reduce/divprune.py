@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 
 from foveate.reduce.base import Reducer, Reduction
-from foveate.reduce.select import max_min, unit
+from foveate.reduce.select import cosines, max_min
 from foveate.reduce.signals import given
 
 if TYPE_CHECKING:
@@ -43,5 +43,4 @@ class DivPrune(Reducer):
 
 def diverse(features: Tensor, count: int) -> Tensor:
     """`count` rows of [N, D] picked by max-min cosine distance, in the order they were picked. Returns int64."""
-    u = unit(features)
-    return max_min(1 - u @ u.T, count)
+    return max_min(1 - cosines(features), count)

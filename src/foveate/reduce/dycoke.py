@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.errors import RecipeError
 from foveate.reduce.allocate import largest_remainder
-from foveate.reduce.base import Reducer, Reduction, top_k
-from foveate.reduce.frames import at, clips
+from foveate.reduce.base import Reducer, Reduction, Step, layer_index, top_k
+from foveate.reduce.frames import at, budgets
 from foveate.reduce.grid import blocks
 from foveate.reduce.merge import Part, reduction
 from foveate.reduce.select import unit
@@ -33,38 +34,84 @@ from foveate.reduce.signals import given
 
 if TYPE_CHECKING:
     from foveate.adapters.layout import VisualLayout
+    from foveate.adapters.shape import Shape
 
 
 @dataclass(frozen=True)
 class DyCoke(Reducer):
-    """One frame of four whole, of the others what differs most from the frame that they are compared with."""
+    """One frame of four whole, of the others what differs most from the frame that they are compared with.
 
+    decode, layer, similarity: the second stage, see above; layer is an index, or a fraction of the depth.
+    """
+
+    decode: float = 1.0
+    layer: float | int = 3 / 28
+    similarity: float = 0.9
     strict: Literal["paper", "code"] = "paper"
 
     name: ClassVar[str] = "dycoke"
     signals: ClassVar[tuple[str, ...]] = ("features",)
     scope: ClassVar[str] = "media"
     position: ClassVar[str] = "keep"
-    summary: ClassVar[str] = "of each four frames one whole, of the others what changed"
+    summary: ClassVar[str] = "of each four frames of a clip one whole, of the others what changed"
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        """Whether the budget is met to the token: the released code leaves some frames whole, whatever it is."""
+        return self.strict == "paper"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.decode <= 1:
+            raise RecipeError(f"{self.name}: decode is {self.decode}; a kept fraction lies above 0 and at most at 1")
+
+    def steps(self, shape: Shape) -> tuple[Step, ...]:
+        first = super().steps(shape)
+        if self.decode == 1:
+            return first
+        seen: list[Tensor] = []  # of this request: the attention of the step before, and the choice that holds
+
+        def attend(signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
+            n = len(layout)
+            attention = signals["last_attention"].mean(dim=0)
+            kept = attended(attention, seen[0] if seen else None, self.count_decoding(n), self.similarity)
+            if kept is None:  # alike: the code lets everything be seen in this step, the paper stays with its choice
+                kept = torch.arange(n) if self.strict == "code" else seen[1]
+            seen[:] = [attention, kept]
+            return Reduction(kept)
+
+        inside = self.step(
+            "cache",
+            attend,
+            layer=layer_index(self.layer, shape.layers, self.name),
+            signals=("last_attention",),
+            scope="request",
+            newline="keep",
+            count=lambda n, total: self.count_decoding(n),
+        )
+        return (*first, inside)
+
+    def count_decoding(self, n: int) -> int:
+        """Visual tokens of n that are attended to while decoding."""
+        return max(int(n * self.decode), 1)
 
     def select(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
         features, parts = given(signals, "features"), []
-        for table in clips(layout):
+        for table, total in budgets(layout, self.count):
             x, sizes = at(unit(features), table), (table >= 0).sum(dim=1).tolist()
-            counts = self._counts(sizes)
+            counts = self._counts(sizes, total)
             for frame, count in enumerate(counts):
                 source = table[frame][table[frame] >= 0]
                 before = compared_with(frame)
                 other = x[before] if before is not None else unit(x[frame].mean(dim=0)).expand_as(x[frame])
-                same = (x[frame] * other).sum(dim=-1)[table[frame] >= 0]
+                same = (x[frame] * other).sum(dim=-1).cpu()[table[frame] >= 0]
                 order = torch.sort(same, stable=True).indices[:count]
                 whole = count == len(source)
                 ordered = self.strict == "code" and not whole
                 parts.append(Part(source, order if ordered else order.sort().values, late=None if ordered else 0))
         return reduction(parts, blocks(layout))
 
-    def _counts(self, sizes: list[int]) -> list[int]:
-        total = self.count(sum(sizes))
+    def _counts(self, sizes: list[int], total: int) -> list[int]:
         if self.strict == "code" and len(sizes) > 4:
             fraction = max(4 * total / sum(sizes) - 1, 0) / 3
             cut = cut_frames(len(sizes))
@@ -116,4 +163,4 @@ def attended(attention: Tensor, before: Tensor | None, keep: int, similarity: fl
     """
     if before is not None and float(F.cosine_similarity(attention, before, dim=0)) >= similarity:
         return None
-    return top_k(attention, keep)
+    return top_k(attention.cpu(), keep)

@@ -13,17 +13,19 @@ attention takes the place of c + e when CLS is missing (the code's Qwen form use
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from foveate.reduce.base import Scorer
-from foveate.reduce.signals import given, split_heads
+from foveate.errors import RecipeError
+from foveate.reduce.base import Reduction, Scorer, Step, layer_index, top_k
+from foveate.reduce.signals import given, per_view, split_heads
 
 if TYPE_CHECKING:
     from foveate.adapters.layout import VisualLayout
+    from foveate.adapters.shape import Shape
 
 LAST = 4
 """Blocks whose scores count at the end: the weight of anything earlier is 1/16 in all."""
@@ -40,32 +42,74 @@ def needs(block: int) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class FlowCut(Scorer):
-    """Top tokens of each view by cumulative score over the encoder's blocks."""
+    """Top tokens of each view by cumulative score over the encoder's blocks.
+
+    inner, layer: fraction of what entered the language model that a second choice inside it leaves, by the last prompt
+    token, and the layer before which it happens (an index, or a fraction of the depth). The authors use it for tiled
+    pictures.
+    """
+
+    inner: float = 1.0
+    layer: float | int = 2 / 32
 
     name: ClassVar[str] = "flowcut"
     sites: ClassVar[tuple[str, ...]] = ("post_encoder", "post_projector")
-    signals: ClassVar[tuple[str, ...]] = tuple(need for block in range(-LAST, 0) for need in needs(block))
+    signals: ClassVar[tuple[str, ...]] = needs(-1)  # and those of the blocks before: `steps`
     scope: ClassVar[str] = "view"
     position: ClassVar[str] = "renumber"
     newline: ClassVar[str] = "drop"
     summary: ClassVar[str] = "tokens through which most information has flowed over the blocks of the encoder"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.inner <= 1:
+            raise RecipeError(f"{self.name}: inner is {self.inner}; a kept fraction lies above 0 and at most at 1")
+
+    def steps(self, shape: Shape) -> tuple[Step, ...]:
+        (outer,) = super().steps(shape)
+        known = range(-min(LAST, shape.blocks), 0)  # a small encoder has fewer blocks
+        outer = replace(outer, signals=tuple(need for block in known for need in needs(block)))
+        if self.inner == 1:
+            return (outer,)
+        inside = self.step(
+            "llm",
+            self.select_inside,
+            layer=layer_index(self.layer, shape.layers, self.name),
+            signals=("last_attention", "last_value_attention", "values"),
+            scope="request",
+            newline="keep",
+            count=lambda n, total: self.count_inside(n),
+        )
+        return (outer, inside)
+
+    def count_inside(self, n: int) -> int:
+        """Tokens of n that the second choice leaves."""
+        return max(int(n * self.inner), 1)
+
+    def select_inside(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
+        """The choice inside the language model."""
+        score = flow_inside(signals["last_attention"], signals["last_value_attention"], signals["values"])
+        return Reduction(top_k(score.cpu(), self.count_inside(len(layout))))
+
     def score(self, signals: dict[str, Tensor], layout: VisualLayout) -> Tensor:
+        known = [block for block in range(-LAST, 0) if f"values@{block}" in signals]
         total = torch.zeros(len(layout))
-        for view_number, view in enumerate(layout.groups("view")):
+        for number, view in enumerate(layout.groups("view")):
             before = None
-            for block in range(-LAST, 0):
-                attention, cls_value, values = (given(signals, need) for need in needs(block))
-                values = split_heads(values[view], attention.shape[1])  # [n, H, d]
-                shown, norm = attention[view].mean(dim=1), values.mean(dim=1).abs().sum(dim=-1)
-                if f"cls_value@{block}" in signals:
-                    semantic = semantic_attention(split_heads(cls_value[view_number], attention.shape[1]), values)
-                    score = flow(shown, semantic, norm)
-                else:
-                    score = shown * norm
-                before = cumulated(before, score)
-            total[view] = before
+            for block in known:
+                before = cumulated(before, self._block(signals, layout, block, number, view))
+            total[view] = before.cpu()
         return total
+
+    def _block(self, signals: dict[str, Tensor], layout: VisualLayout, block: int, number: int, view: Tensor) -> Tensor:
+        """Score [n] of the tokens `view` of the number-th view in one block."""
+        attention, cls_value, values = (given(signals, need) for need in needs(block))
+        heads = attention.shape[1]
+        values = split_heads(values[view], heads)  # [n, H, d]
+        shown, norm = attention[view].mean(dim=1), values.mean(dim=1).abs().sum(dim=-1)
+        if f"cls_value@{block}" not in signals:
+            return shown * norm
+        return flow(shown, semantic_attention(split_heads(per_view(cls_value, layout)[number], heads), values), norm)
 
 
 def flow(attention: Tensor, semantic: Tensor, norm: Tensor) -> Tensor:
@@ -85,6 +129,16 @@ def semantic_attention(cls_value: Tensor, values: Tensor) -> Tensor:
     """
     products = torch.einsum("hd,nhd->hn", cls_value, torch.cat([cls_value[None], values]))
     return products.softmax(dim=-1)[:, 1:].mean(dim=0)
+
+
+def flow_inside(attention: Tensor, semantic: Tensor, values: Tensor) -> Tensor:
+    """Score [n] inside the language model, of the last prompt token's row over the n visual tokens.
+
+    attention: [H, n] softmax over keys, at least the visual ones; semantic: [H, n] softmax over visual tokens of the
+    product of values; values: [n, H, d].
+    """
+    shown = (attention / attention.sum(dim=-1, keepdim=True)).mean(dim=0)
+    return flow(shown, semantic.mean(dim=0), values.mean(dim=1).abs().sum(dim=-1))
 
 
 def leaving(attention: Tensor, target: int, blocks_left: int) -> int:

@@ -5,21 +5,30 @@ Source: FrameFusion, arXiv 2501.01986 (ICCV 2025; code read: thu-nics/FrameFusio
 layer, until less than `least` of them do; then the tokens that the last prompt token attends to least are dropped so
 that the cost, tokens summed over layers, comes out at `keep` of the dense one. Positions are kept.
 
-Departures: the code counts 28 layers whatever the model; here it is the model's depth. The cosine of a row of zeros
-is 0.
+Departures: the code counts 28 layers whatever the model; here it is the model's depth. It merges between attention and
+MLP of a layer; here tokens leave at the input of the next one. A model so shallow that the budget is spent before the
+prune keeps one token. A view of a picture has no frame before, so pictures are pruned by attention alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from foveate.errors import BudgetError
-from foveate.reduce.base import top_k
-from foveate.reduce.merge import membership
+from foveate.errors import BudgetError, RecipeError
+from foveate.reduce.base import Reducer, Reduction, Select, Step, top_k
+from foveate.reduce.frames import clips
+from foveate.reduce.merge import means
 from foveate.reduce.select import strongest, unit
+
+if TYPE_CHECKING:
+    from foveate.adapters.layout import VisualLayout
+    from foveate.adapters.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,75 @@ class Progress:
     merged: tuple[float, ...] = ()
     merging_done: bool = False
     pruning_done: bool = False
+
+
+@dataclass(frozen=True)
+class FrameFusion(Reducer):
+    """Runs of alike tokens in time merged, then the least attended dropped; `keep` of the tokens of all layers.
+
+    similarity: cosine from which a token joins the one before it. least: fraction of merges at which merging ends.
+    """
+
+    similarity: float = 0.6
+    least: float = 0.1
+
+    name: ClassVar[str] = "framefusion"
+    sites: ClassVar[tuple[str, ...]] = ("post_projector",)
+    scope: ClassVar[str] = "request"
+    position: ClassVar[str] = "keep"
+    exact: ClassVar[bool] = False
+    summary: ClassVar[str] = (
+        "tokens of a clip join the same place of the frame before while alike, then attention prunes"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.keep, int):
+            raise RecipeError(f"{self.name}: keep is {self.keep}; it is a fraction of the cost, such as 0.3")
+        if not 0 <= self.least <= 1 or not -1 <= self.similarity <= 1:
+            raise RecipeError(f"{self.name}: similarity is {self.similarity} (-1 to 1) and least {self.least} (0 to 1)")
+
+    def steps(self, shape: Shape) -> tuple[Step, ...]:
+        progress = [Progress()]  # of this request
+
+        def act(states: str) -> Select:
+            def select(signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
+                return self._act(signals, states, layout, progress, shape.layers)
+
+            return select
+
+        first = self.step("post_projector", act("features"), signals=("features",))
+        everything = [
+            self.step("llm", act("hidden"), layer=layer, signals=("hidden", "last_attention"), count=lambda n, total: n)
+            for layer in range(1, shape.layers)
+        ]
+        return (first, *everything)
+
+    def select(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
+        """The first merging call alone."""
+        return self._act(signals, "features", layout, [Progress()], 1)
+
+    def _act(
+        self, signals: dict[str, Tensor], states: str, layout: VisualLayout, progress: list[Progress], layers: int
+    ) -> Reduction:
+        """The call that is due at this layer; `progress` is brought up to date."""
+        place = torch.empty(len(layout), dtype=torch.int64)
+        offset = 0
+        for table in clips(layout):
+            columns = torch.arange(table.shape[1]).expand_as(table) + offset
+            place[table[table >= 0]] = columns[table >= 0]
+            offset += table.shape[1]
+        now = progress[0]
+        # never less than what the layers so far have cost, and one token in the others
+        spent = sum(accumulate((1 - fraction for fraction in now.merged), mul))
+        cost = max(float(self.keep), spent / layers)
+        if now.pruning_done:
+            return Reduction(torch.arange(len(layout)))
+        if now.merging_done:
+            kept, progress[0] = prune_call(signals["last_attention"], place, now, cost, layers)
+            return Reduction(kept if len(kept) else signals["last_attention"].mean(dim=0).cpu().argmax()[None])
+        kept, weights, progress[0] = merge_call(signals[states], place, now, cost, layers, self.similarity, self.least)
+        return Reduction(kept, weights)
 
 
 def remaining(merged: tuple[float, ...] | list[float], cost: float, layers: int) -> float:
@@ -41,7 +119,7 @@ def remaining(merged: tuple[float, ...] | list[float], cost: float, layers: int)
         left *= 1 - fraction
         used += left
     budget = layers * cost - used
-    if budget < 0:
+    if budget < -1e-9:
         raise BudgetError(f"framefusion: {len(merged)} of {layers} layers already cost more than {cost} of all")
     return max(1 - budget / ((layers - len(merged)) * left), 0.0)
 
@@ -55,7 +133,7 @@ def column_likeness(hidden: Tensor, place: Tensor) -> Tensor:
     u = unit(hidden)[order]
     same = torch.full((len(place),), -2.0)
     follows = (place[order][1:] == place[order][:-1]) & (place[order][1:] >= 0)
-    same[order[1:][follows]] = (u[1:] * u[:-1]).sum(dim=-1)[follows]
+    same[order[1:][follows]] = (u[1:] * u[:-1]).sum(dim=-1).cpu()[follows]
     return same
 
 
@@ -97,7 +175,7 @@ def merge_call(
     if not bool(joins.any()):
         return torch.arange(len(place)), None, progress
     kept, slot = fused(place, joins)
-    return kept, membership(slot, len(kept)), progress
+    return kept, means(slot, len(kept)), progress
 
 
 def prune_call(
@@ -106,6 +184,6 @@ def prune_call(
     """The pruning call: what stays [K] ascending, text included. attention: [H, N] of the last prompt token."""
     visual = (place >= 0).nonzero().flatten()
     count = round(len(visual) * (1 - remaining(progress.merged, cost, layers)))
-    best = visual[top_k(attention.mean(dim=0)[visual], count)]
+    best = visual[top_k(attention.mean(dim=0).cpu()[visual], count)]
     kept = torch.cat([(place < 0).nonzero().flatten(), best]).sort().values
     return kept, Progress(progress.merged, True, True)

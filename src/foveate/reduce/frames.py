@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from foveate.reduce.allocate import largest_remainder
 from foveate.reduce.select import unit
 
 if TYPE_CHECKING:
@@ -37,13 +39,24 @@ def clips(layout: VisualLayout) -> list[Tensor]:
     return tables
 
 
+def budgets(layout: VisualLayout, count: Callable[[int], int]) -> list[tuple[Tensor, int]]:
+    """Each clip's table with the tokens that it keeps: count(tokens of the picture or clip), views sharing by size."""
+    out, tables = [], clips(layout)
+    for media in layout.media.unique():
+        own = [table for table in tables if layout.media[table.max()] == media]
+        sizes = [int((table >= 0).sum()) for table in own]
+        out += zip(own, largest_remainder(torch.tensor(sizes), count(sum(sizes)), sizes))
+    return out
+
+
 def at(features: Tensor, table: Tensor) -> Tensor:
     """[N, ...] as [F, P, ...]; 0 where a frame has no such place."""
     values = features[table.clamp_min(0)]
-    return values.masked_fill((table < 0).view(*table.shape, *[1] * (values.dim() - 2)), 0)
+    empty = (table < 0).view(*table.shape, *[1] * (values.dim() - 2))
+    return values.masked_fill(empty.to(values.device), 0)
 
 
 def likeness(x: Tensor) -> Tensor:
-    """Cosine of each place with the same place of the next frame: [F, P, D] -> [F - 1, P]; 0 for empty places."""
+    """Cosine of each place with the same place of the next frame: [F, P, D] -> [F - 1, P] on the CPU."""
     u = unit(x)
-    return (u[:-1] * u[1:]).sum(dim=-1)
+    return (u[:-1] * u[1:]).sum(dim=-1).cpu()

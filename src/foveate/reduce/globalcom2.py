@@ -44,7 +44,7 @@ class GlobalCom2(Reducer):
     strict: Literal["paper", "code"] = "paper"
 
     name: ClassVar[str] = "globalcom2"
-    signals: ClassVar[tuple[str, ...]] = ("cls_logits@-1|received_attention@-1",)
+    signals: ClassVar[tuple[str, ...]] = ("cls_logits@-1|received_attention@-1|received_attention",)
     scope: ClassVar[str] = "media"
     position: ClassVar[str] = "renumber"
     summary: ClassVar[str] = "the thumbnail sets how much of each crop stays and takes part in the choice"
@@ -53,6 +53,11 @@ class GlobalCom2(Reducer):
         super().__post_init__()
         if self.temperature <= 0:
             raise RecipeError(f"{self.name}: temperature is {self.temperature}; it must be above 0")
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        """Whether the budget is met to the token: the released code truncates."""
+        return self.strict == "paper"
 
     def select(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
         score = head_mean(signals, self.signals[0])
@@ -74,7 +79,7 @@ class GlobalCom2(Reducer):
         sums = torch.stack([score[whole][inside].double().sum() for inside in seen_by(layout, whole, crops)])
         ratios = spread(sums, keep, self.temperature)
         sizes = torch.tensor([len(crop) for crop in crops])
-        own = int(len(whole) * keep)
+        own = max(int(len(whole) * keep), 1)
         if self.strict == "code":
             counts = [int(size * ratio) for size, ratio in zip(sizes.tolist(), ratios.tolist())]
             parts = [Part(whole, strongest(score[whole], own), late=None)]

@@ -44,8 +44,8 @@ class HiRED(Reducer):
     name: ClassVar[str] = "hired"
     sites: ClassVar[tuple[str, ...]] = ("post_projector",)
     signals: ClassVar[tuple[str, ...]] = (
-        "cls_attention@0|received_attention@0",
-        "cls_attention@-1|received_attention@-1",
+        "cls_attention@0|received_attention@0|received_attention",
+        "cls_attention@-1|received_attention@-1|received_attention",
     )
     scope: ClassVar[str] = "media"
     position: ClassVar[str] = "renumber"
@@ -56,6 +56,11 @@ class HiRED(Reducer):
         super().__post_init__()
         if not 0 < self.alpha < 1:
             raise RecipeError(f"{self.name}: alpha is {self.alpha}; the whole picture's share lies between 0 and 1")
+
+    @property
+    def exact(self) -> bool:  # type: ignore[override]
+        """Whether the budget is met to the token: the released code truncates."""
+        return self.strict == "paper"
 
     def select(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
         first, last = (head_mean(signals, need) for need in self.signals)
@@ -74,9 +79,12 @@ class HiRED(Reducer):
     def _counts(
         self, first: Tensor, layout: VisualLayout, whole: Tensor, tiles: Sequence[Tensor], total: int
     ) -> list[int]:
-        if self.strict == "code":
-            return budgets(first, [len(tile) for tile in tiles], total, self.alpha)
         caps = [len(tile) for tile in tiles]
+        if total == len(whole) + sum(caps):
+            return [len(whole), *caps]
+        if self.strict == "code":
+            own, *others = budgets(first, caps, total, self.alpha)
+            return [own if any(others) else max(own, 1), *others]
         own = max(min(int(total * self.alpha), len(whole)), total - sum(caps))
         shares = torch.stack([first[inside].sum() for inside in seen_by(layout, whole, tiles)])
         return [own, *largest_remainder(shares, total - own, caps)]

@@ -24,16 +24,17 @@ import torch
 from torch import Tensor
 
 from foveate.errors import RecipeError
-from foveate.reduce.base import Reducer, Reduction, top_k
+from foveate.reduce.base import Reducer, Reduction, Step, layer_index, top_k
 from foveate.reduce.cluster import density_peaks
-from foveate.reduce.frames import at, clips, likeness
+from foveate.reduce.frames import at, budgets, likeness
 from foveate.reduce.grid import blocks
 from foveate.reduce.merge import Part, one_hot, reduction
-from foveate.reduce.select import rest, unit
+from foveate.reduce.select import cosines, rest
 from foveate.reduce.signals import given, head_mean
 
 if TYPE_CHECKING:
     from foveate.adapters.layout import VisualLayout
+    from foveate.adapters.shape import Shape
 
 Window = tuple[int, int]
 """First and last frame, both inside."""
@@ -45,7 +46,8 @@ class HoliTom(Reducer):
 
     threshold: cosine above which a place stands still (the authors use 0.65 at keep 0.1, else 0.8). beta: weight of a
     cluster's centre. neighbours: k of the clustering. window: longest window in frames. contextual: share of a frame's
-    dynamic tokens that are clustered instead of chosen.
+    dynamic tokens that are clustered instead of chosen. inner, layer: fraction of what entered the language model that
+    the merge inside it leaves, and the layer before which it happens (an index, or a fraction of the depth).
     """
 
     threshold: float = 0.8
@@ -53,6 +55,8 @@ class HoliTom(Reducer):
     neighbours: int = 7
     window: int = 1024
     contextual: float = 0.0
+    inner: float = 1.0
+    layer: float | int = 18 / 28
 
     name: ClassVar[str] = "holitom"
     sites: ClassVar[tuple[str, ...]] = ("post_projector",)
@@ -67,16 +71,42 @@ class HoliTom(Reducer):
         super().__post_init__()
         if self.window < 1 or self.neighbours < 1:
             raise RecipeError(f"{self.name}: window is {self.window}, neighbours {self.neighbours}; both at least 1")
+        if not 0 < self.inner <= 1:
+            raise RecipeError(f"{self.name}: inner is {self.inner}; a kept fraction lies above 0 and at most at 1")
         for name in ("beta", "contextual"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RecipeError(f"{self.name}: {name} is {getattr(self, name)}; it lies between 0 and 1")
 
+    def steps(self, shape: Shape) -> tuple[Step, ...]:
+        outer = super().steps(shape)
+        if self.inner == 1:
+            return outer
+        inside = self.step(
+            "llm",
+            self.select_inside,
+            layer=layer_index(self.layer, shape.layers, self.name),
+            signals=("last_attention", "hidden"),
+            scope="request",
+            position="keep",
+            newline="keep",
+            count=lambda n, total: self.count_inside(n),
+        )
+        return (*outer, inside)
+
+    def count_inside(self, n: int) -> int:
+        """Tokens that the inner merge leaves of n: rounded half to even, as the released code does."""
+        return max(round(n * self.inner), 1)
+
+    def select_inside(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
+        """The merge inside the language model."""
+        score = signals["last_attention"].mean(dim=0).cpu()
+        return Reduction(*halving(signals["hidden"], score, self.count_inside(len(layout))))
+
     def select(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
         features, attention = given(signals, "features"), head_mean(signals, "received_attention")
         parts = []
-        for table in clips(layout):
+        for table, count in budgets(layout, self.count):
             n = int((table >= 0).sum())
-            count = self.count(n)
             if count == n:
                 parts += [Part(frame[frame >= 0], torch.arange(int((frame >= 0).sum()))) for frame in table]
                 continue
@@ -86,7 +116,8 @@ class HoliTom(Reducer):
             ratio = effective_ratio(count / n, n, saved)
             for window in windows:
                 for part in self.window_parts(x, at(attention, table), static, window, ratio, table >= 0):
-                    parts.append(Part(table.flatten()[part.source], part.keep, part.weights, late=None))
+                    late = None if len(table) > 1 else 0  # a picture's tiles read as one map
+                    parts.append(Part(table.flatten()[part.source], part.keep, part.weights, late))
         return reduction(parts, blocks(layout))
 
     def window_parts(
@@ -104,7 +135,7 @@ class HoliTom(Reducer):
         column = still.nonzero().flatten()
         parts = []
         if clusters := round(len(column) * ratio):
-            mean = x[first : last + 1, column].mean(dim=0)
+            mean = x[first : last + 1, column].float().mean(dim=0)
             centres, weights = self.clustered(mean, clusters, min(self.neighbours, clusters))
             source = (frames[:, None] * places + column).flatten()
             parts.append(Part(source, centres, weights.repeat(1, len(frames)) / len(frames)))
@@ -176,8 +207,7 @@ def halving(hidden: Tensor, score: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     dropped = rest(len(score), kept)
     weights = one_hot(kept, len(score))
     if len(dropped):
-        u = unit(hidden)
-        into = (u[dropped] @ u[kept].T).argmax(dim=1)
+        into = cosines(hidden[dropped], hidden[kept]).argmax(dim=1)
         joins = one_hot(into, keep)
         later = joins.flip(0).cumsum(0).flip(0)[torch.arange(len(dropped)), into]  # itself and those that follow
         weights[into, dropped] = 0.5**later

@@ -167,6 +167,13 @@ def one_hot(places: Tensor, n: int) -> Tensor:
     return weights
 
 
+def means(slot: Tensor, slots: int) -> Tensor:
+    """Sparse weights [slots, N] of the plain mean of the tokens in each slot. slot: [N] int64."""
+    share = 1 / torch.bincount(slot, minlength=slots).float()
+    index = torch.stack([slot, torch.arange(len(slot))])
+    return torch.sparse_coo_tensor(index, share[slot], (slots, len(slot)), check_invariants=False).coalesce()
+
+
 def membership(slot: Tensor, slots: int, size: Tensor | None = None) -> Tensor:
     """Weights [slots, N] of the size-weighted mean of the tokens in each slot. slot: [N] int64; size: [N] or None."""
     weights = torch.zeros(slots, len(slot))

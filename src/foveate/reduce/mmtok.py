@@ -21,7 +21,7 @@ from torch import Tensor
 
 from foveate.errors import RecipeError
 from foveate.reduce.base import Reducer, Reduction, in_order
-from foveate.reduce.select import coverage, unit
+from foveate.reduce.select import cosines, coverage
 from foveate.reduce.signals import given
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class MMTok(Reducer):
 
     name: ClassVar[str] = "mmtok"
     sites: ClassVar[tuple[str, ...]] = ("post_projector",)
-    signals: ClassVar[tuple[str, ...]] = ("features", "hidden@-1", "text_embeddings")
+    signals: ClassVar[tuple[str, ...]] = ("features", "hidden@-1|features", "text_embeddings")
     scope: ClassVar[str] = "view"
     position: ClassVar[str] = "renumber"
     newline: ClassVar[str] = "drop"
@@ -88,9 +88,8 @@ def covering(
     text: [m, D] word embeddings; projected: [n, D] tokens as the language model sees them; encoded: [n, C] as the
     encoder does. Both parts are softmax over tokens, divided by their number of rows.
     """
-    words, tokens, patches = unit(text), unit(projected), unit(encoded)
-    to_text = (words @ tokens.T / text_temperature).softmax(dim=1) / max(len(words), 1)
-    to_view = (patches @ patches.T / vision_temperature).softmax(dim=1) / max(len(patches), 1)
+    to_text = (cosines(text, projected) / text_temperature).softmax(dim=1) / max(len(text), 1)
+    to_view = (cosines(encoded) / vision_temperature).softmax(dim=1) / max(len(encoded), 1)
     return torch.cat([to_text, alpha * to_view])
 
 

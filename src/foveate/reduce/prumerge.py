@@ -24,8 +24,8 @@ from torch import Tensor
 from foveate.reduce.base import Reducer, Reduction, evenly
 from foveate.reduce.grid import blocks
 from foveate.reduce.merge import Part, reduction
-from foveate.reduce.select import rest, strongest, unit
-from foveate.reduce.signals import given
+from foveate.reduce.select import cosines, rest, strongest
+from foveate.reduce.signals import given, head_mean, per_view
 
 if TYPE_CHECKING:
     from foveate.adapters.layout import VisualLayout
@@ -47,9 +47,9 @@ class PruMerge(Reducer):
     name: ClassVar[str] = "prumerge"
     sites: ClassVar[tuple[str, ...]] = ("post_encoder", "post_projector")
     signals: ClassVar[tuple[str, ...]] = (
-        "cls_query@-1|received_attention@-1",
-        "cls_key@-1|received_attention@-1",
-        "keys@-1",
+        "cls_query@-1|received_attention@-1|received_attention",
+        "cls_key@-1|received_attention@-1|received_attention",
+        "keys@-1|features",
     )
     scope: ClassVar[str] = "view"
     position: ClassVar[str] = "renumber"
@@ -57,20 +57,22 @@ class PruMerge(Reducer):
     summary: ClassVar[str] = "tokens whose attention stands out, with their neighbours merged in, and one for the rest"
 
     @property
-    def exact(self) -> bool:
+    def exact(self) -> bool:  # type: ignore[override]
         """Whether the number of tokens is known before the picture is seen."""
         return not self.adaptive
 
     def select(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
-        query, cls_key, keys = (given(signals, need) for need in self.signals)
-        parts = []
-        for number, view in enumerate(layout.groups("view")):
-            if "cls_query@-1" in signals:
-                attention = cls_attention(query[number], torch.cat([cls_key[number][None], keys[view]]))
-            else:
-                attention = query[view].mean(dim=-1) if query.dim() > 1 else query[view]
-            parts.append(self._part(view, attention, keys[view]))
-        return reduction(parts, blocks(layout))
+        keys, views = given(signals, self.signals[2]), layout.groups("view")
+        if "cls_query@-1" in signals:
+            queries, of_cls = (per_view(signals[f"cls_{name}@-1"], layout) for name in ("query", "key"))
+            scores = [
+                cls_attention(query, torch.cat([key[None], keys[view]]))
+                for query, key, view in zip(queries, of_cls, views)
+            ]
+        else:
+            received = head_mean(signals, self.signals[0])
+            scores = [received[view] for view in views]
+        return reduction([self._part(view, score, keys[view]) for view, score in zip(views, scores)], blocks(layout))
 
     def _part(self, view: Tensor, attention: Tensor, keys: Tensor) -> Part:
         n, count = len(view), self.count(len(view))
@@ -93,7 +95,7 @@ class PruMerge(Reducer):
 
 def cls_attention(query: Tensor, keys: Tensor) -> Tensor:
     """Attention [N] of CLS to the patches over whole, unsplit keys. query: [C]; keys: [1 + N, C], CLS first."""
-    return (keys @ query * keys.shape[-1] ** -0.5).softmax(dim=0)[1:]
+    return (keys @ query * keys.shape[-1] ** -0.5).softmax(dim=0)[1:].cpu()
 
 
 def outlier_ratio(attention: Tensor) -> float:
@@ -131,8 +133,7 @@ def merged(attention: Tensor, keys: Tensor, chosen: Tensor, paper: bool = False)
     n, count = len(attention), len(chosen)
     others = rest(n, chosen)[count - len(chosen.unique()) :]
     candidates = others if paper else torch.cat([chosen, others])
-    u = unit(keys)
-    likeness = u[chosen] @ u[candidates].T
+    likeness = cosines(keys[chosen], keys[candidates])
     if not paper:
         likeness[torch.arange(count), torch.arange(count)] = -torch.inf
     near = likeness.topk(max(0, min(NEIGHBOURS, len(candidates) - (not paper))), dim=1).indices

@@ -13,7 +13,7 @@ frame has no static places. Density ties are broken by order instead of noise.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -21,16 +21,18 @@ from torch import Tensor
 
 from foveate.errors import RecipeError
 from foveate.reduce.allocate import largest_remainder
-from foveate.reduce.base import Reducer, Reduction, top_k
+from foveate.reduce.base import Reducer, Reduction, Step, layer_index, top_k
 from foveate.reduce.cluster import density_peaks
-from foveate.reduce.frames import at, clips
+from foveate.reduce.frames import at, budgets
 from foveate.reduce.grid import blocks
-from foveate.reduce.merge import Part, membership, reduction
+from foveate.reduce.merge import Part, membership
+from foveate.reduce.merge import reduction as merged_parts
 from foveate.reduce.select import unit
 from foveate.reduce.signals import given
 
 if TYPE_CHECKING:
     from foveate.adapters.layout import VisualLayout
+    from foveate.adapters.shape import Shape
 
 NEIGHBOURS = 7
 SMALL = 14
@@ -42,10 +44,14 @@ class PruneVid(Reducer):
     """Cluster means of the static places of each segment and of the dynamic ones of each frame, `keep` of all tokens.
 
     threshold: mean cosine above which a place stands still. segments: segments as a fraction of the frames.
+    text_keep, layer: fraction of every set of tokens that the second stage leaves, and the layer before which it acts
+    (an index, or a fraction of the depth; the paper's layer 10 of 32 is the last one that sees everything).
     """
 
     threshold: float = 0.8
     segments: float = 0.25
+    text_keep: float = 1.0
+    layer: float | int = 11 / 32
 
     name: ClassVar[str] = "prunevid"
     signals: ClassVar[tuple[str, ...]] = ("features",)
@@ -53,32 +59,68 @@ class PruneVid(Reducer):
     position: ClassVar[str] = "keep"
     newline: ClassVar[str] = "row"
     exact: ClassVar[bool] = False
-    summary: ClassVar[str] = "static places of a segment averaged, the rest of each frame clustered"
+    summary: ClassVar[str] = "static places of each segment of a clip averaged, the rest of each frame clustered"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.text_keep <= 1:
+            raise RecipeError(
+                f"{self.name}: text_keep is {self.text_keep}; a kept fraction lies above 0 and at most at 1"
+            )
         if not 0 < self.segments <= 1:
             raise RecipeError(f"{self.name}: segments is {self.segments}; it is a fraction of the frames, up to 1")
 
+    def steps(self, shape: Shape) -> tuple[Step, ...]:
+        if self.text_keep == 1:
+            return super().steps(shape)
+        sets: list[Tensor] = []  # of this request: the set of each token that the first stage left
+
+        def outside(signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
+            parts = self.parts(signals, layout)
+            reduction = merged_parts(parts, blocks(layout))
+            number = torch.zeros(len(layout), dtype=torch.int64)
+            for index, part in enumerate(parts):
+                number[part.source[part.keep]] = index
+            sets.append(number[reduction.keep])
+            return reduction
+
+        def inside(signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
+            return Reduction(attended(signals["text_attention"], sets[0], self.text_keep))
+
+        (first,) = super().steps(shape)
+        second = self.step(
+            "llm",
+            inside,
+            layer=layer_index(self.layer, shape.layers, self.name),
+            signals=("text_attention",),
+            scope="request",
+            newline="keep",
+            count=lambda n, total: max(int(n * self.text_keep), 1),
+        )
+        return (replace(first, select=outside), second)
+
     def select(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
+        return merged_parts(self.parts(signals, layout), blocks(layout))
+
+    def parts(self, signals: dict[str, Tensor], layout: VisualLayout) -> list[Part]:
+        """What becomes of every set of tokens, in order."""
         features, parts = given(signals, "features"), []
-        for table in clips(layout):
-            n = int((table >= 0).sum())
-            if self.count(n) == n:
+        for table, total in budgets(layout, self.count):
+            if total == int((table >= 0).sum()):
                 parts += [Part(frame[frame >= 0], torch.arange(int((frame >= 0).sum()))) for frame in table]
                 continue
             sets = self.sets(at(features, table), table)
             sizes = [source.shape[1] for source in sets]
-            counts = largest_remainder(torch.tensor(sizes), self.count(n), sizes)
+            counts = largest_remainder(torch.tensor(sizes), total, sizes)
             for source, count in zip(sets, counts):
                 if count:
-                    parts.append(clustered(features, source, count))
-        return reduction(parts, blocks(layout))
+                    parts.append(clustered(features, source, count, None if len(table) > 1 else 0))
+        return parts
 
     def sets(self, x: Tensor, table: Tensor) -> list[Tensor]:
         """What is clustered together, in order: [frames, n] token indices, the frames of a set averaged first."""
         present = table >= 0
-        means = x.sum(dim=1) / present.sum(dim=1, keepdim=True)
+        means = x.float().sum(dim=1) / present.sum(dim=1, keepdim=True).to(x.device)
         out = []
         for first, end in cut(means, self.segments):
             still = static_places(x[first:end], self.threshold) & present[first:end].all(dim=0)
@@ -87,15 +129,15 @@ class PruneVid(Reducer):
         return [source for source in out if source.shape[1]]
 
 
-def clustered(features: Tensor, source: Tensor, count: int) -> Part:
+def clustered(features: Tensor, source: Tensor, count: int, late: int | None) -> Part:
     """One set [frames, n] of tokens as `count` cluster means, each at the first frame's place of its centre."""
-    mean = features[source].mean(dim=0)
+    mean = features[source].float().mean(dim=0)
     n = len(mean)
     if count >= n and len(source) == 1:
-        return Part(source[0], torch.arange(n), late=None)
+        return Part(source[0], torch.arange(n), late=late)
     centres, member = density_peaks(mean, count, NEIGHBOURS) if count < n else (torch.arange(n), torch.arange(n))
     weights = membership(member, len(centres)).repeat(1, len(source)) / len(source)
-    return Part(source.flatten(), centres, weights, late=None)
+    return Part(source.flatten(), centres, weights, late=late)
 
 
 def cut(frames: Tensor, segments: float) -> list[tuple[int, int]]:
@@ -136,7 +178,8 @@ def static_places(x: Tensor, threshold: float) -> Tensor:
     if frames < 2:
         return torch.zeros(x.shape[1], dtype=torch.bool)
     total = unit(x).sum(dim=0)
-    return ((total * total).sum(dim=-1) - frames) / (frames * (frames - 1)) > threshold
+    mean = ((total * total).sum(dim=-1) - frames) / (frames * (frames - 1))
+    return mean.cpu() > threshold
 
 
 def shrunk(x: Tensor, ratio: float) -> Tensor:
@@ -166,15 +209,16 @@ def merge_clip(x: Tensor, threshold: float, segments: float, ratio: float) -> tu
     return torch.cat(out), sizes
 
 
-def attended(attention: Tensor, sizes: list[tuple[int, int, int]], keep: float) -> Tensor:
-    """The second stage: places [K] ascending that the text attends to, of tokens as `merge_clip` lays them out.
+def attended(attention: Tensor, sets: Tensor, keep: float) -> Tensor:
+    """The second stage: places [K] ascending of the tokens that the text attends to.
 
-    attention: [H, Q, T] of the text after the clip; the largest over heads and queries counts. Of every static set and
-    of every frame's set int(size * keep) stay.
+    attention: [H, Q, T] of the text after the clip; the largest over heads and queries counts. sets: [T] the set of
+    each token; int(size * keep) of each stay, and one token if that leaves none.
     """
-    score, kept, start = attention.amax(dim=(0, 1)), [], 0
-    for static, dynamic, frames in sizes:
-        for size in (static, *[dynamic // frames] * frames):
-            kept.append(start + top_k(score[start : start + size], int(size * keep)))
-            start += size
-    return torch.cat(kept)
+    score = attention.amax(dim=(0, 1)).cpu()
+    kept = []
+    for number in sets.unique():
+        own = (sets == number).nonzero().flatten()
+        kept.append(own[top_k(score[own], int(len(own) * keep))])
+    places = torch.cat(kept).sort().values
+    return places if len(places) else score.argmax()[None]

@@ -27,7 +27,7 @@ from torch import Tensor
 from foveate.errors import InputError, RecipeError
 from foveate.reduce.allocate import largest_remainder
 from foveate.reduce.base import Reducer, Reduction, evenly
-from foveate.reduce.frames import clips
+from foveate.reduce.frames import budgets
 from foveate.reduce.grid import blocks
 from foveate.reduce.merge import Part, bipartite, reduction
 from foveate.reduce.select import unit
@@ -60,7 +60,8 @@ class Quota(Reducer):
     position: ClassVar[str] = "renumber"
     newline: ClassVar[str] = "row"
     exact: ClassVar[bool] = False
-    summary: ClassVar[str] = "frames that matter to the question keep a larger map"
+    status: ClassVar[str] = "experimental"  # without given scores it compares frames with words, a weak stand-in
+    summary: ClassVar[str] = "frames of a clip that matter to the question keep a larger map"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,19 +70,19 @@ class Quota(Reducer):
 
     def select(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
         features, words = given(signals, "features"), given(signals, "text_embeddings")
-        tables = clips(layout)
-        frames = [table[frame] for table in tables for frame in range(len(table))]
+        tables = budgets(layout, self.count)
+        frames = [table[frame] for table, _ in tables for frame in range(len(table))]
         if self.scores and len(self.scores) != len(frames):
             raise InputError(f"{self.name}: {len(self.scores)} scores for {len(frames)} frames; give one a frame")
-        means = torch.stack([features[frame[frame >= 0]].mean(dim=0) for frame in frames])
+        means = torch.stack([features[frame[frame >= 0]].float().mean(dim=0) for frame in frames])
         scores = torch.tensor(self.scores) if self.scores else likeness_to_words(means, words)
         parts, seen = [], 0
-        for table in tables:
+        for table, total in tables:
             sources = [frame[frame >= 0] for frame in table]
             sizes = [len(source) for source in sources]
             weights = frame_weights(scores[seen : seen + len(table)])
             seen += len(table)
-            counts = largest_remainder(weights, self.count(sum(sizes)), sizes)
+            counts = largest_remainder(weights, total, sizes)
             for source, count in zip(sources, counts):
                 parts.append(self._part(layout, source, features[source], count))
         return reduction(parts, blocks(layout))
@@ -125,7 +126,7 @@ def likeness_to_words(frames: Tensor, words: Tensor) -> Tensor:
     """Scores [F] from 0.1 to 1 by the cosine of each frame's mean token [F, D] to the mean word [T, D]."""
     if len(frames) < 2 or not len(words):
         return torch.ones(len(frames))
-    cosine = unit(frames) @ unit(unit(words).mean(dim=0))
+    cosine = (unit(frames) @ unit(unit(words).mean(dim=0))).cpu()
     return 0.1 + 0.9 * (cosine - cosine.min()) / (cosine.max() - cosine.min()).clamp_min(1e-12)
 
 
@@ -148,7 +149,7 @@ def compressing(
         return shrinking(x[None], quota)[0], (min(quota, len(x)),)
     if version == "v5":
         along = shrinking(x.view(rows, cols, -1), wide)  # [rows, w, cols]
-        narrow = along @ x.view(rows, cols, -1)
+        narrow = along @ x.view(rows, cols, -1).float().cpu()
         down = shrinking(narrow.transpose(0, 1), high)  # [w, h, rows]
         weights = torch.einsum("whr,rwc->hwrc", down, along)
         return weights.reshape(-1, len(x)), tuple(weights.shape[:2])
@@ -170,6 +171,7 @@ def map_size(quota: int) -> tuple[int, int]:
 
 def shrinking(x: Tensor, count: int) -> Tensor:
     """Weights [B, count, n] of repeated bipartite merges of x [B, n, D], plain means of what each round joins."""
+    x = x.float().cpu()
     weights = torch.eye(x.shape[1]).expand(len(x), -1, -1)
     while x.shape[1] > count:
         matching = bipartite(x, x.shape[1] - count)

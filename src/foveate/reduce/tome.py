@@ -33,7 +33,7 @@ class ToMe(Reducer):
 
     name: ClassVar[str] = "tome"
     sites: ClassVar[tuple[str, ...]] = ("post_encoder", "post_projector")
-    signals: ClassVar[tuple[str, ...]] = ("keys@-1",)
+    signals: ClassVar[tuple[str, ...]] = ("keys@-1|features",)
     scope: ClassVar[str] = "view"
     position: ClassVar[str] = "renumber"
     newline: ClassVar[str] = "drop"
@@ -47,7 +47,7 @@ class ToMe(Reducer):
         keys, parts = given(signals, self.signals[0]), []
         for view in layout.groups("view"):
             size = layout.size[view]
-            parts.append(as_part(view, rounds(keys[view], size, self.count(len(view)), self.match), size))
+            parts.append(as_part(view, rounds(keys[view].cpu(), size, self.count(len(view)), self.match), size))
         return reduction(parts, blocks(layout))
 
 

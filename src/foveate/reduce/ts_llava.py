@@ -21,7 +21,7 @@ from torch import Tensor
 
 from foveate.errors import RecipeError
 from foveate.reduce.base import Reducer, Reduction, evenly
-from foveate.reduce.frames import clips
+from foveate.reduce.frames import budgets
 from foveate.reduce.grid import blocks
 from foveate.reduce.merge import Part, one_hot, reduction
 from foveate.reduce.select import rest
@@ -50,9 +50,8 @@ class TSLLaVA(Reducer):
 
     def select(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
         parts: list[Part] = []
-        for table in clips(layout):
+        for table, count in budgets(layout, self.count):
             tokens = table[table >= 0]
-            count = self.count(len(tokens))
             if len(table) == 1 or count == len(tokens):
                 parts.append(Part(tokens, equal_steps(len(tokens), count)))
                 continue

@@ -23,7 +23,7 @@ from foveate.errors import BudgetError, RecipeError
 from foveate.reduce.base import Reducer, Reduction, top_k
 from foveate.reduce.grid import blocks
 from foveate.reduce.merge import Part, one_hot, reduction
-from foveate.reduce.select import rest, strided, strongest, unit
+from foveate.reduce.select import cosines, rest, strided, strongest
 from foveate.reduce.signals import given, head_mean, split_heads
 
 if TYPE_CHECKING:
@@ -42,7 +42,10 @@ class VisionZip(Reducer):
 
     name: ClassVar[str] = "visionzip"
     sites: ClassVar[tuple[str, ...]] = ("post_encoder", "post_projector")
-    signals: ClassVar[tuple[str, ...]] = ("cls_attention@-1|received_attention@-1", "keys@-1")
+    signals: ClassVar[tuple[str, ...]] = (
+        "cls_attention@-1|received_attention@-1|received_attention",
+        "keys@-1|features",
+    )
     scope: ClassVar[str] = "view"
     position: ClassVar[str] = "renumber"
     newline: ClassVar[str] = "drop"
@@ -87,8 +90,7 @@ def gather(metric: Tensor, dominant: Tensor, count: int, average: bool = False) 
     targets, others = left[chosen], left[rest(len(left), chosen)]
     weights = one_hot(targets, len(metric))
     if count:
-        u = unit(metric)
-        weights[(u[others] @ u[targets].T).argmax(dim=1), others] = 1.0
+        weights[cosines(metric[others], metric[targets]).argmax(dim=1), others] = 1.0
         members = (weights.sum(dim=1, keepdim=True) - 1).clamp_min(1)
         if average:
             weights /= weights.sum(dim=1, keepdim=True)

@@ -1,0 +1,568 @@
+"""What each token reduction outside the language model promises on layouts of every kind, without any model."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foveate.adapters.shape import INSIDE, Shape
+from foveate.errors import BudgetError, InputError, RecipeError, UnsupportedError
+from foveate.reduce.allocate import largest_remainder, truncated
+from foveate.reduce.base import top_k
+from foveate.reduce.cluster import density_peaks
+from foveate.reduce.divprune import DivPrune
+from foveate.reduce.dycoke import DyCoke
+from foveate.reduce.fastervlm import FasterVLM
+from foveate.reduce.flowcut import FlowCut
+from foveate.reduce.frames import clips
+from foveate.reduce.globalcom2 import GlobalCom2
+from foveate.reduce.grid import blocks, overview, seen_by, stitched, unpadded
+from foveate.reduce.hired import HiRED
+from foveate.reduce.holitom import HoliTom, halving, segment
+from foveate.reduce.merge import bipartite
+from foveate.reduce.mmtok import MMTok, covering, keywords
+from foveate.reduce.pitome import PiToMe, energy_matching
+from foveate.reduce.prumerge import PruMerge, selected
+from foveate.reduce.prunevid import PruneVid, refine
+from foveate.reduce.quota import Quota, quotas
+from foveate.reduce.select import above_threshold, coverage, max_min, rest, strongest, unit
+from foveate.reduce.signals import per_view
+from foveate.reduce.text_dominance import TextDominance
+from foveate.reduce.tome import ToMe
+from foveate.reduce.ts_llava import TSLLaVA
+from foveate.reduce.visionzip import VisionZip
+from layouts import LAYOUTS, clip, make, only, signals_for, single
+
+VARIANTS = {
+    "divprune": DivPrune,
+    "dycoke": DyCoke,
+    "dycoke-code": lambda keep: DyCoke(keep=keep, strict="code"),
+    "fastervlm": FasterVLM,
+    "flowcut": FlowCut,
+    "globalcom2": GlobalCom2,
+    "globalcom2-code": lambda keep: GlobalCom2(keep=keep, strict="code"),
+    "hired": HiRED,
+    "hired-code": lambda keep: HiRED(keep=keep, strict="code"),
+    "holitom": HoliTom,
+    "holitom-contextual": lambda keep: HoliTom(keep=keep, contextual=0.5),
+    "mmtok": MMTok,
+    "pitome": PiToMe,
+    "prumerge": PruMerge,
+    "prumerge-paper": lambda keep: PruMerge(keep=keep, strict="paper"),
+    "prumerge-plus": lambda keep: PruMerge(keep=keep, plus=True),
+    "prumerge-adaptive": lambda keep: PruMerge(keep=keep, adaptive=True),
+    "prunevid": PruneVid,
+    "quota": Quota,
+    "quota-v2": lambda keep: Quota(keep=keep, version="v2"),
+    "quota-v4": lambda keep: Quota(keep=keep, version="v4"),
+    "quota-v5": lambda keep: Quota(keep=keep, version="v5"),
+    "text_dominance": TextDominance,
+    "tome": ToMe,
+    "ts_llava": TSLLaVA,
+    "visionzip": VisionZip,
+    "visionzip-paper": lambda keep: VisionZip(keep=keep, strict="paper"),
+}
+AVERAGES = ("holitom", "pitome", "prumerge-paper", "prunevid", "quota", "tome", "ts_llava", "visionzip-paper")
+"""Variants whose tokens are means of those that they stand for."""
+
+
+def signals_of(method):
+    """What the method is told outside the language model."""
+    shape = Shape(blocks=6, layers=8, cls=True)
+    return tuple(dict.fromkeys(n for s in method.steps(shape) if s.site not in INSIDE for n in s.signals))
+
+
+def chosen(method, layout, cls=True, seed=0):
+    signals = signals_for(signals_of(method), layout, seed, cls)
+    return method.select(signals, layout)
+
+
+def budget(method, layout):
+    return sum(method.count(len(group)) for group in layout.groups(method.scope))
+
+
+def dense(reduction, n):
+    if reduction.weights is None:
+        return torch.eye(n)[reduction.keep]
+    return reduction.weights.to_dense()
+
+
+@pytest.mark.parametrize("cls", [True, False], ids=["cls", "no-cls"])
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_as_many_tokens_stay_as_are_asked_for(variant, kind, cls):
+    layout = LAYOUTS[kind]
+    for keep in (0.75, 0.4, 0.1, 7, 1):
+        method = VARIANTS[variant](keep=keep)
+        reduction = chosen(method, layout, cls)
+        kept, wanted = len(reduction.keep), budget(method, layout)
+        assert len(set(reduction.keep.tolist())) == kept, keep
+        assert int(reduction.keep.min()) >= 0 and int(reduction.keep.max()) < len(layout)
+        if method.exact:
+            assert kept == wanted, keep
+        elif variant != "dycoke-code":  # which leaves whole frames, whatever the budget
+            assert 0 < kept <= wanted + len(layout.groups("view")), keep  # holitom rounds each frame up
+        features = torch.randn(len(layout), 3)
+        out = reduction.apply(features)
+        assert out.shape == (kept, 3) and bool(out.isfinite().all())
+        block = blocks(layout)[reduction.keep]
+        assert torch.equal(block, block.sort().values), "tokens must not cross into another view's place"
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_keeping_all_changes_nothing(variant, kind):
+    layout = LAYOUTS[kind]
+    if variant == "dycoke-code" and kind == "clip":
+        pytest.skip("the released code loses an odd last frame")
+    for keep in (1.0, len(layout)):
+        reduction = chosen(VARIANTS[variant](keep=keep), layout)
+        assert reduction.weights is None
+        assert reduction.keep.tolist() == list(range(len(layout)))
+
+
+@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"divprune"}))
+def test_pictures_of_a_request_do_not_meet(variant):
+    """Beside another picture or clip, a picture keeps what it keeps alone."""
+    for kind in ("two", "mixed"):
+        layout = LAYOUTS[kind]
+        method = VARIANTS[variant](keep=0.4)
+        signals = signals_for(signals_of(method), layout)
+        whole = dense(method.select(signals, layout), len(layout))
+        if variant.startswith("quota"):
+            continue  # its frames are compared over the whole request, as a question is about all of it
+        start = 0
+        for media in (0, 1):
+            inside = layout.media == media
+            views = int(layout.view[inside].max()) + 1
+            first = sum(int(layout.view[layout.media == m].max()) + 1 for m in range(media))
+            own = {
+                name: value
+                if name == "text_embeddings"
+                else value[first : first + views]
+                if name.partition("@")[0] in ("cls_query", "cls_key", "cls_value")
+                else value[inside]
+                for name, value in signals.items()
+            }
+            alone = dense(method.select(own, only(layout, media)), int(inside.sum()))
+            torch.testing.assert_close(whole[start : start + len(alone)][:, inside], alone)
+            assert not bool(whole[start : start + len(alone)][:, ~inside].any())
+            start += len(alone)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("variant", AVERAGES)
+def test_merged_tokens_are_means(variant, kind):
+    layout = LAYOUTS[kind]
+    for keep in (0.6, 0.2):
+        weights = dense(chosen(VARIANTS[variant](keep=keep), layout), len(layout))
+        assert float(weights.min()) >= 0
+        torch.testing.assert_close(weights.sum(dim=1), torch.ones(len(weights)))
+
+
+@pytest.mark.parametrize("variant", ["tome", "pitome"])
+def test_every_token_lives_on_in_exactly_one(variant):
+    layout = LAYOUTS["tiled"]
+    sizes = torch.randint(1, 4, (len(layout),), generator=torch.Generator().manual_seed(1)).float()
+    layout = dataclasses.replace(layout, size=sizes)
+    weights = dense(chosen(VARIANTS[variant](keep=0.3), layout), len(layout))
+    assert torch.equal((weights > 0).sum(dim=0), torch.ones(len(layout), dtype=torch.int64))
+    for row in weights:  # weighted by what each token already stands for
+        members = row > 0
+        torch.testing.assert_close(row[members], sizes[members] / sizes[members].sum())
+
+
+def test_visionzip_gathers_every_other_token_once():
+    layout = LAYOUTS["single"]
+    reduction = chosen(VisionZip(keep=0.5, contextual=0.25), layout)
+    weights = dense(reduction, len(layout))
+    count = len(reduction.keep)
+    late = int(count * 0.25)
+    assert torch.equal((weights > 0).sum(dim=0), torch.ones(len(layout), dtype=torch.int64))
+    assert reduction.keep[: count - late].tolist() == sorted(reduction.keep[: count - late].tolist())
+    gathering = weights[count - late :]
+    torch.testing.assert_close(gathering.sum(dim=1), 1 + (((gathering > 0).sum(dim=1) > 1).float()))
+
+
+# ---- selectors
+
+
+@given(st.integers(2, 8), st.integers(1, 4), st.integers(0, 10_000))
+@settings(max_examples=40, deadline=None)
+def test_coverage_reaches_its_bound(n, count, seed):
+    count = min(count, n)
+    gains = torch.rand(6, n, generator=torch.Generator().manual_seed(seed)) ** 3
+    order = coverage(gains, count, chunk=2)
+
+    def covered(columns):
+        return float(gains[:, list(columns)].amax(dim=1).sum())
+
+    best = max(covered(columns) for columns in itertools.combinations(range(n), count))
+    assert len(set(order.tolist())) == count
+    assert covered(order.tolist()) >= (1 - 1 / 2.718281828) * best - 1e-6
+    # lazy or not, the greedy choice is the same
+    taken: list[int] = []
+    for pick in order.tolist():
+        gain = torch.tensor([covered([*taken, j]) if j not in taken else -1.0 for j in range(n)])
+        assert gain[pick] >= gain.max() - 1e-6
+        taken.append(pick)
+
+
+def test_mmtok_covers_the_text_and_the_view_at_least_to_its_bound():
+    generator = torch.Generator().manual_seed(3)
+    text, tokens, patches = (torch.randn(n, 8, generator=generator) for n in (4, 9, 9))
+    rows = covering(text, tokens, patches, 0.5, 0.1, 0.2)
+    torch.testing.assert_close(rows.sum(dim=1), torch.tensor([1 / 4] * 4 + [0.5 / 9] * 9))
+    best = max(float(rows[:, list(c)].amax(dim=1).sum()) for c in itertools.combinations(range(9), 3))
+    assert float(rows[:, coverage(rows, 3)].amax(dim=1).sum()) >= (1 - 1 / 2.718281828) * best
+
+
+def test_coverage_never_picks_what_is_excluded():
+    gains = torch.eye(6) * torch.arange(1.0, 7.0)
+    shut = torch.tensor([False, True, False, False, False, True])
+    assert coverage(gains, 6, shut).tolist() == [4, 3, 2, 0]
+
+
+@given(st.integers(3, 9), st.integers(2, 4), st.integers(0, 10_000))
+@settings(max_examples=40, deadline=None)
+def test_max_min_is_within_half_of_the_best(n, count, seed):
+    count = min(count, n)
+    points = torch.rand(n, 3, generator=torch.Generator().manual_seed(seed))
+    distance = torch.cdist(points, points)
+
+    def closest(places):
+        return min(float(distance[a, b]) for a, b in itertools.combinations(places, 2))
+
+    order = max_min(distance, count).tolist()
+    assert len(set(order)) == count
+    best = max(closest(places) for places in itertools.combinations(range(n), count))
+    assert closest(order) >= best / 2 - 1e-6
+
+
+def test_max_min_picks_no_token_twice_where_all_are_equal():
+    assert sorted(max_min(torch.zeros(5, 5), 5).tolist()) == [0, 1, 2, 3, 4]
+    assert chosen(DivPrune(keep=3), LAYOUTS["single"]).keep.shape == (3,)
+
+
+def test_divprune_follows_its_tokens_when_they_change_places():
+    layout = LAYOUTS["single"]
+    features = torch.randn(len(layout), 8, generator=torch.Generator().manual_seed(5))
+    order = torch.randperm(len(layout), generator=torch.Generator().manual_seed(6))
+    method = DivPrune(keep=0.3)
+    here = method.select({"features": features}, layout).keep
+    there = method.select({"features": 7 * features[order]}, layout).keep  # lengths do not matter either
+    assert set(order[there].tolist()) == set(here.tolist())
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 12))
+def test_the_threshold_lets_at_most_k_pass_and_ties_fall_together(values, k):
+    score = torch.tensor(values, dtype=torch.float32)
+    kept = above_threshold(score, k).tolist()
+    assert len(kept) <= max(k, 0) or k >= len(values)
+    out = set(range(len(values))) - set(kept)
+    assert all(values[i] > values[j] for i in kept for j in out)
+    if len(set(values)) == len(values):
+        assert kept == top_k(score, k).tolist()
+
+
+def test_text_dominance_keeps_fewer_where_attention_ties():
+    layout = LAYOUTS["single"]
+    score = torch.linspace(0, 1, len(layout))
+    score[-20:-5] = 1.5  # these tie at the threshold
+    score[-5:] = 3.0
+    method = TextDominance(keep=10)
+    assert method.select({"cls_attention": score}, layout).keep.tolist() == list(range(49, 54))
+    assert len(method.select({"cls_attention": torch.ones(len(layout))}, layout).keep) == 1
+
+
+# ---- budgets
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, 9)), min_size=1, max_size=8), st.integers(0, 50))
+def test_the_largest_remainders_meet_the_budget_within_the_caps(groups, total):
+    shares, caps = torch.tensor([share for share, _ in groups]), [cap for _, cap in groups]
+    given_ = largest_remainder(shares, total, caps)
+    assert sum(given_) == min(total, sum(caps))
+    assert all(0 <= count <= cap for count, cap in zip(given_, caps))
+
+
+def test_shares_are_as_even_as_whole_numbers_allow():
+    assert largest_remainder(torch.tensor([1.0, 1.0, 1.0]), 4, [9, 9, 9]) == [2, 1, 1]
+    assert largest_remainder(torch.tensor([3.0, 1.0]), 8, [4, 9]) == [4, 4]  # a cap sends its rest on
+    assert largest_remainder(torch.zeros(2), 3, [2, 2]) == [2, 1]
+    assert truncated(torch.tensor([1.0, 1.0, 1.0]), 4, [9, 9, 9]) == [1, 1, 1]
+
+
+def tiles_with(hot: int):
+    """A tiled layout and first-layer attention that lights up the thumbnail where tile `hot` lies."""
+    layout = LAYOUTS["tiled"]
+    whole, tiles = overview(layout, torch.arange(len(layout)))
+    first = torch.full((len(layout),), 1e-3)
+    first[whole[seen_by(layout, whole, tiles)[hot]]] = 1.0
+    return layout, whole, tiles, first
+
+
+@pytest.mark.parametrize("hot", range(6))
+def test_a_tile_that_the_whole_picture_points_at_keeps_most(hot):
+    layout, _, tiles, first = tiles_with(hot)
+    noise = torch.rand(len(layout), generator=torch.Generator().manual_seed(0))
+    kept = HiRED(keep=0.3).select({"cls_attention@0": first[:, None], "cls_attention@-1": noise[:, None]}, layout).keep
+    counts = [int(torch.isin(kept, tile).sum()) for tile in tiles]
+    assert max(counts) == counts[hot] > sum(counts) / 2
+    method = GlobalCom2(keep=0.3, temperature=1.0)
+    kept = method.select({"cls_logits@-1": (5 * first + noise)[:, None]}, layout).keep
+    counts = [int(torch.isin(kept, tile).sum()) for tile in tiles]
+    assert max(counts) == counts[hot]
+
+
+def test_hired_of_the_released_code_counts_runs_of_the_raster_instead_of_tiles():
+    layout, _, tiles, first = tiles_with(2)  # upper right tile: its votes lie in the upper half of the raster
+    noise = torch.rand(len(layout), generator=torch.Generator().manual_seed(0))
+    signals = {"cls_attention@0": first[:, None], "cls_attention@-1": noise[:, None]}
+    kept = HiRED(keep=0.3, strict="code").select(signals, layout).keep
+    counts = [int(torch.isin(kept, tile).sum()) for tile in tiles]
+    assert counts[0] == counts[1] == counts[2] > 0  # three runs of the upper half, though one tile alone lit up
+
+
+def test_globalcom2_hands_the_thumbnail_over_in_score_order_as_the_code_does():
+    layout = LAYOUTS["tiled"]
+    signals = signals_for(GlobalCom2.signals, layout)
+    whole, _ = overview(layout, torch.arange(len(layout)))
+    score = signals["cls_logits@-1"].mean(dim=1)[whole]
+    kept = GlobalCom2(keep=0.4, strict="code").select(signals, layout).keep
+    own = [place for place in kept.tolist() if place < len(whole)]
+    assert own == strongest(score, len(own)).tolist() != sorted(own)
+    assert GlobalCom2(keep=0.4).select(signals, layout).keep.tolist()[: len(own)] == sorted(own)
+
+
+# ---- layouts
+
+
+def test_tiles_join_to_one_map_and_padding_is_cut_off():
+    grid = stitched(2, 3, 4, 5)
+    assert grid.shape == (8, 15)
+    assert grid[5, 11] == (1 * 3 + 2) * 20 + 1 * 5 + 1
+    assert unpadded(48, 48, (640, 400)) == (slice(9, 39), slice(0, 48))
+    assert unpadded(24, 72, (300, 300)) == (slice(0, 24), slice(24, 48))
+
+
+def test_a_thumbnail_is_told_from_its_tiles_and_sees_each_of_its_parts_once():
+    layout = LAYOUTS["tiled"]
+    whole, tiles = overview(layout, torch.arange(len(layout)))
+    assert len(whole) == 36 and [len(tile) for tile in tiles] == [24] * 6
+    parts = torch.cat(seen_by(layout, whole, tiles))
+    assert parts.sort().values.tolist() == list(range(36))
+    for kind in ("single", "clip"):
+        whole, views = overview(LAYOUTS[kind], torch.arange(len(LAYOUTS[kind])))
+        assert whole is None and sum(map(len, views)) == len(LAYOUTS[kind])
+
+
+def test_frames_of_different_sizes_are_matched_place_by_place():
+    (table,) = clips(LAYOUTS["clip"])
+    layout = LAYOUTS["clip"]
+    assert table.shape == (9, 20)
+    for frame, row in enumerate(table):
+        held = row[row >= 0]
+        assert set(layout.frame[held].tolist()) == {frame}
+    for place in table.T:
+        held = place[place >= 0]
+        assert len({(int(layout.row[i]), int(layout.col[i])) for i in held}) == 1
+    assert int((table[-1] < 0).sum()) == 8
+    assert [tuple(t.shape) for t in clips(LAYOUTS["two"])] == [(1, 16), (1, 16), (1, 16), (1, 15)]
+
+
+def test_rows_of_cls_belong_to_the_views_that_have_tokens():
+    layout = make([*single(2, 2, media=0), *single(2, 2, media=1, view=1), *single(1, 2, media=2)]).features()
+    rows = torch.arange(4)[:, None]  # the first view of the second picture is all padding
+    assert per_view(rows, layout).flatten().tolist() == [0, 2, 3]
+
+
+# ---- merging and clustering
+
+
+def test_matching_merges_the_most_alike_and_protects_cls():
+    metric = torch.tensor([[[1.0, 0], [1, 0], [0, 1], [0.1, 1], [1, 1], [-1, 0.3]]])
+    matching = bipartite(metric, 2)
+    assert matching.slot[0, 0] == matching.slot[0, 1]
+    assert matching.slot[0, 2] == matching.slot[0, 3]
+    protected = bipartite(metric, 3, class_token=True)
+    assert (protected.slot[0] == protected.slot[0, 0]).sum() == 1
+    assert bipartite(metric, 99).place.shape == (1, 3)  # half at most
+
+
+def test_a_token_of_high_energy_merges_and_one_that_stands_alone_is_protected():
+    crowd = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(0)).expand(1, 6, 8)
+    crowd = crowd + 0.01 * torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(1))
+    metric = torch.cat([crowd, -crowd[:, :1], torch.eye(8)[None, :1] * 3], dim=1)
+    matching = energy_matching(metric, 3, 0.5)
+    alone = matching.slot[0, 6:]
+    assert all(int((matching.slot[0] == slot).sum()) == 1 for slot in alone)
+    with pytest.raises(BudgetError, match="at most 4"):
+        energy_matching(metric, 5, 0.5)
+
+
+def test_density_peaks_find_separate_clusters():
+    generator = torch.Generator().manual_seed(0)
+    points = torch.cat([centre + 0.05 * torch.randn(8, 2, generator=generator) for centre in (0.0, 3.0, 9.0)])
+    centres, member = density_peaks(points, 3, 5)
+    assert sorted((centres // 8).tolist()) == [0, 1, 2]
+    assert [len(set(member[i : i + 8].tolist())) for i in (0, 8, 16)] == [1, 1, 1]
+    assert member[centres].tolist() == [0, 1, 2]
+    assert sorted(density_peaks(torch.zeros(4, 2), 4, 7)[0].tolist()) == [0, 1, 2, 3]  # equal points too
+
+
+def test_prumerge_selects_as_many_again_and_outliers_only_when_adaptive():
+    attention = torch.full((60,), 0.01)
+    attention[[3, 40]] = 1.0
+    attention += 1e-4 * torch.arange(60)
+    layout = make(single(6, 10)).features()
+    heads = attention[:, None].expand(-1, 4)
+    signals = {"received_attention@-1": heads, "keys@-1": torch.randn(60, 16)}
+    kept = PruMerge(keep=20, adaptive=True).select(signals, layout).keep.tolist()
+    assert kept[:2] == [40, 3] and len(kept) == 3  # and one for all the others
+    assert len(selected(attention, 0.1, plus=True)) == 12
+    assert selected(attention, 1 / 3, plus=True, adaptive=True).shape[0] == 60  # the smallest step is one place
+    assert PruMerge(keep=20).exact and not PruMerge(keep=20, adaptive=True).exact
+
+
+# ---- clips
+
+
+@given(st.integers(2, 6), st.integers(1, 4), st.integers(1, 6), st.integers(0, 10_000))
+@settings(max_examples=50, deadline=None)
+def test_windows_save_as_much_as_any_cut_can(frames, places, longest, seed):
+    static = torch.rand(frames - 1, places, generator=torch.Generator().manual_seed(seed)) > 0.4
+
+    def saved(windows):
+        return sum(int(static[a:b].all(dim=0).sum()) * (b - a) for a, b in windows if b > a)
+
+    best = 0
+    for cuts in itertools.product([0, 1], repeat=frames - 1):
+        ends = [i for i, cut in enumerate(cuts) if cut] + [frames - 1]
+        starts = [0, *[end + 1 for end in ends[:-1]]]
+        if all(b - a < longest for a, b in zip(starts, ends)):
+            best = max(best, saved(zip(starts, ends)))
+    windows, found = segment(static, longest)
+    assert found == saved(windows) == best
+    assert [frame for a, b in windows for frame in range(a, b + 1)] == list(range(frames))
+
+
+def test_holitom_keeps_what_stands_still_once():
+    """A clip that does not move is worth one frame, so at half the tokens nothing of it is lost."""
+    layout = make(clip(4, 4, 4)[:48]).features()  # three frames of 4 x 4
+    still = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).repeat(3, 1)
+    signals = {"features": still, "received_attention": torch.rand(48)}
+    reduction = HoliTom(keep=0.5).select(signals, layout)
+    assert len(reduction.keep) == 16
+    torch.testing.assert_close(reduction.apply(still), still[:16])
+
+
+def test_halving_averages_each_dropped_token_in_turn():
+    hidden = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    score = torch.rand(9, generator=torch.Generator().manual_seed(1))
+    kept, weights = halving(hidden, score, 3)
+    out = hidden[kept].clone()
+    for place in rest(9, kept).tolist():
+        into = int((unit(hidden[place]) @ unit(hidden[kept]).T).argmax())
+        out[into] = (out[into] + hidden[place]) / 2
+    torch.testing.assert_close(weights @ hidden, out)
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(3))
+
+
+def test_dycoke_keeps_the_first_frame_of_four_and_what_changed_after_it():
+    layout = make([token for token in clip(9, 4, 4) if token["frame"] < 8]).features()
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).repeat(8, 1).view(8, 16, 8)
+    changed = {frame: frame for frame in range(8)}
+    for frame, place in changed.items():
+        x[frame, place] = -3 * x[frame, place]
+    kept = DyCoke(keep=(16 + 3 * 2) / 64).select({"features": x.view(-1, 8)}, layout).keep
+    shares = torch.bincount(kept // 16, minlength=8).tolist()
+    assert shares == [16, 2, 2, 2] * 2
+    for frame in (1, 2, 3, 5, 6, 7):
+        assert frame * 16 + frame in kept.tolist()
+    code = DyCoke(keep=(16 + 3 * 2) / 64, strict="code").select({"features": x.view(-1, 8)}, layout).keep
+    assert torch.bincount(code // 16, minlength=8).tolist() == [16, 2, 2, 2, 16, 2, 16, 2]  # its last third frame
+
+
+def test_quota_gives_frames_by_their_scores_and_drops_those_without():
+    layout = make([token for token in clip(9, 4, 4) if token["frame"] < 4]).features()
+    signals = signals_for(Quota.signals, layout)
+    kept = Quota(keep=0.5, scores=(0.0, 0.2, 0.9, 0.2)).select(signals, layout).keep
+    shares = torch.bincount(kept // 16, minlength=4).tolist()
+    assert shares[0] == 0 < shares[1] == shares[3] < shares[2] == 16
+    with pytest.raises(InputError, match="2 scores for 4 frames"):
+        Quota(keep=0.5, scores=(0.1, 0.2)).select(signals, layout)
+    assert quotas(torch.tensor([0.9, 0.1, 0.1]), 100, 40, "v1")[0] > 40
+    assert quotas(torch.tensor([0.9, 0.1, 0.1]), 100, 40, "v3")[0] == 40  # a frame has no more
+
+
+def test_quota_asks_less_of_frames_that_do_not_look_like_the_question():
+    layout = make([token for token in clip(9, 4, 4) if token["frame"] < 3]).features()
+    words = torch.eye(8)[:1]
+    features = torch.cat([torch.eye(8)[i].expand(16, 8) for i in (3, 0, 3)])
+    kept = Quota(keep=0.5).select({"features": features, "text_embeddings": words}, layout).keep
+    assert torch.bincount(kept // 16, minlength=3).argmax() == 1
+
+
+def test_prunevid_keeps_only_long_runs_of_a_cluster():
+    assert refine(torch.tensor([0, 0, 1, 0, 2, 2, 2])).tolist() == [0, 0, 2, 2, 2, 2, 2]
+    assert refine(torch.tensor([5, 4])).tolist() == [0, 0]
+
+
+def test_prunevid_averages_what_stands_still():
+    layout = make([token for token in clip(9, 4, 4) if token["frame"] < 8]).features()
+    still = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).repeat(8, 1)
+    reduction = PruneVid(keep=0.5).select({"features": still}, layout)
+    out = reduction.apply(still)
+    assert len(out) <= 64
+    assert all(float((row - still[:16]).norm(dim=1).min()) < 1e-5 for row in out)  # nothing is blurred
+
+
+def test_ts_llava_keeps_a_thumbnail_and_equal_steps():
+    layout = make([token for token in clip(9, 4, 4) if token["frame"] < 8]).features()
+    reduction = TSLLaVA(keep=0.5, frames=4).select({}, layout)
+    weights = dense(reduction, len(layout))
+    means = weights[(weights > 0).sum(dim=1) > 1]
+    assert len(reduction.keep) == 64 and 0 < len(means) <= 64 / 6
+    assert all(len(set((row.nonzero().flatten() // 16).tolist())) == 1 for row in means)  # a cell of one frame each
+    assert TSLLaVA(keep=5).select({}, LAYOUTS["single"]).keep.tolist() == [0, 13, 26, 40, 53]
+
+
+def test_the_question_is_stripped_to_what_it_is_about():
+    assert keywords("<image>\nWhat is the man holding in his left hand?") == "man holding in left hand"
+    assert keywords("Why?") == "Why?"
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("make_method", "says"),
+    [
+        (lambda: HiRED(keep=0.5, alpha=1.0), "alpha is 1.0"),
+        (lambda: HiRED(keep=0.5, strict="codes"), "strict"),
+        (lambda: VisionZip(keep=0.5, contextual=1.0), "contextual is 1.0"),
+        (lambda: MMTok(keep=0.5, text_temperature=0.0), "above 0"),
+        (lambda: GlobalCom2(keep=0.5, temperature=-1.0), "temperature is -1.0"),
+        (lambda: PiToMe(keep=0.5, margin=1.0), "margin is 1.0"),
+        (lambda: HoliTom(keep=0.5, beta=1.5), "beta is 1.5"),
+        (lambda: HoliTom(keep=0.5, window=0), "window is 0"),
+        (lambda: PruneVid(keep=0.5, segments=0.0), "segments is 0.0"),
+        (lambda: Quota(keep=0.5, scores=(0.5, 1.5)), "probabilities"),
+        (lambda: TSLLaVA(keep=0.5, frames=0), "frames is 0"),
+        (lambda: DivPrune(keep=0.0), "keep is 0.0"),
+    ],
+)
+def test_parameters_out_of_range_are_refused(make_method, says):
+    with pytest.raises(RecipeError, match=says):
+        make_method()
+
+
+def test_a_signal_that_was_not_delivered_is_named():
+    with pytest.raises(UnsupportedError, match="cls_attention@0 or received_attention@0"):
+        HiRED(keep=0.5).select({}, LAYOUTS["single"])
