@@ -254,7 +254,7 @@ def test_contributing_shows_this_test():
 
 FLOORS = (
     ("registry", "errors", "progress", "method", "data", "world"),
-    ("vlm", "runtime", "ragged", "rows", "llm_signals", "show", "adapters", "nvila", "files"),
+    ("vlm", "runtime", "ragged", "rows", "encoder_site", "llm_signals", "show", "adapters", "nvila", "files"),
     ("reduce", "cache", "weights", "decode"),
     ("recipe", "recipe_text", "effect", "engine"),
     ("train", "tasks", "bench"),

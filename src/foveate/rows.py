@@ -52,7 +52,7 @@ class Row:
         layout, positions = adapter.layout(plan), adapter.positions(plan)
         separators = layout.position[layout.kind == NEWLINE]
         layout = layout.features()
-        total = features.shape[0]
+        total = len(layout)
         return cls(
             input_ids=torch.as_tensor(plan.input_ids),
             positions=positions,
@@ -127,6 +127,14 @@ class Row:
             self.deep = [reduction.apply(part) for part in self.deep]
             self.take(reduction, step)
 
+    def narrow(self, layout: VisualLayout, step: Any) -> None:
+        """As `cut`, for features that left before they came here: `layout` is of those that are left, in order."""
+        self.touched = True
+        if len(layout) < self.kept:
+            keep = torch.searchsorted(self.layout.position, layout.position)
+            self.take(_Kept(keep), step)
+            self.layout = layout
+
     def _separators(self, stays: Tensor, keep: Tensor, policy: str) -> None:
         """Take separators out of `stays` as the policy says."""
         if policy == "drop":
@@ -136,6 +144,14 @@ class Row:
             had = torch.bincount(runs, minlength=len(self.breaks) + 1)[:-1]
             has = torch.bincount(runs[keep], minlength=len(self.breaks) + 1)[:-1]
             stays[self.breaks[(had > 0) & (has == 0)]] = False
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The form of a reduction that only prunes."""
+
+    keep: Tensor
+    weights: None = None
 
 
 def _members(weights: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from foveate.adapters.shape import INSIDE
+from foveate.encoder_site import encode_reduced
 from foveate.errors import BudgetError
 from foveate.method import signal_for
 from foveate.ragged import Ragged
@@ -85,23 +86,31 @@ def encode(
     A request with a step after the encoder gets the features that the connector would take; `select` connects them.
     """
     out: list[Any] = [None] * len(plans)
+    wanted = [_wanted(adapter, own) for own in steps]
     for stop in ("post_projector", "post_encoder"):
         mine = [i for i, own in enumerate(steps) if stop_of(own) == stop]
-        if not mine:
-            continue
-        outside = [step for i in mine for step in steps[i] if step.site not in INSIDE]
-        wanted = {name for step in outside for need in step.signals if (name := signal_for(need, adapter.offers))}
-        parts = adapter.encode([inputs[i] for i in mine], [plans[i] for i in mine], wanted, stop=stop)
-        for i, part in zip(mine, parts):
-            if "features" in wanted:
-                part.signals.setdefault("features", part.features)
-            named = {name for step in steps[i] for name in step.signals}
-            if "request_key" in named:
-                part.signals["request_key"] = torch.tensor(request_key(inputs[i]))
-            if "text_embeddings" in named:
-                part.signals["text_embeddings"] = text_embeddings(adapter, plans[i])
-            out[i] = part
+        if mine:
+            names = set().union(*(wanted[i] for i in mine))
+            parts = adapter.encode([inputs[i] for i in mine], [plans[i] for i in mine], names, stop=stop)
+            out = [parts[mine.index(i)] if i in mine else part for i, part in enumerate(out)]
+    for i, own in enumerate(steps):
+        if stop_of(own) == "encoder":
+            inside = [step for step in own if step.site == "encoder"]
+            out[i] = encode_reduced(adapter, inputs[i], plans[i], inside, wanted[i])
+        if "features" in wanted[i]:
+            out[i].signals.setdefault("features", out[i].features)
+        named = {name for step in own for name in step.signals}
+        if "request_key" in named:
+            out[i].signals["request_key"] = torch.tensor(request_key(inputs[i]))
+        if "text_embeddings" in named:
+            out[i].signals["text_embeddings"] = text_embeddings(adapter, plans[i])
     return out
+
+
+def _wanted(adapter: Adapter, steps: Sequence[Step]) -> set[str]:
+    """Signals that the steps between encoder and language model need, by the names under which they are delivered."""
+    after = [step for step in steps if step.site not in (*INSIDE, "encoder")]
+    return {name for step in after for need in step.signals if (name := signal_for(need, adapter.offers))}
 
 
 def text_embeddings(adapter: Adapter, plan: Plan) -> Tensor:
@@ -113,8 +122,9 @@ def text_embeddings(adapter: Adapter, plan: Plan) -> Tensor:
 
 
 def stop_of(steps: Sequence[Step]) -> str:
-    """Where the adapter hands over the features of a request."""
-    return "post_encoder" if any(step.site == "post_encoder" for step in steps) else "post_projector"
+    """Where the encoder hands over the features of a request: the first site of its steps, or "post_projector"."""
+    sites = {step.site for step in steps}
+    return next((site for site in ("encoder", "post_encoder") if site in sites), "post_projector")
 
 
 def select(adapter: Adapter, plan: Plan, encoded: Encoded, steps: Sequence[Step]) -> Row:
@@ -122,7 +132,9 @@ def select(adapter: Adapter, plan: Plan, encoded: Encoded, steps: Sequence[Step]
     row = Row.open(adapter, plan, encoded.features, encoded.deep)
     connected = stop_of(steps) == "post_projector"
     signals = {name: value.to(adapter.model.device) for name, value in encoded.signals.items()}
-    for step in (step for step in steps if step.site not in INSIDE and row.visual):
+    if encoded.layout is not None:
+        row.narrow(encoded.layout, [step for step in steps if step.site == "encoder"][-1])
+    for step in (step for step in steps if step.site not in (*INSIDE, "encoder") and row.visual):
         if step.site == "post_projector" and not connected:
             row.features, connected = adapter.connect(row.features), True
             if "features" in signals:

@@ -37,12 +37,13 @@ class Encoded:
     features: [N, D] on the model's device, all pictures and clips in prompt order, separators left out.
     signals: name -> [N, ...] float32, aligned with `features`; signals of CLS itself have a row for each encoded view
     (see `Adapter.signals`). deep: for each of the first decoder layers what is added at the visual tokens to its
-    output, [N, D] as the features (most families: none).
+    output, [N, D] as the features (most families: none). layout: of the features, when some left inside the encoder.
     """
 
     features: Tensor
     signals: dict[str, Tensor] = field(default_factory=dict)
     deep: list[Tensor] = field(default_factory=list)
+    layout: VisualLayout | None = None
 
 
 class Adapter(ABC):

@@ -213,7 +213,9 @@ class ModelWorkbench:
         weights = Recipe(parsed.of("weights")).text()
         vlm, key = self._model(weights), self._encoder_key(weights)
         own = steps_of(parsed.of("reduce"), vlm.adapter.shape)
-        key += f" to {stop_of(own)}"
+        # What leaves inside the encoder changes the features themselves; later steps of all methods share them.
+        stop = stop_of(own)
+        key += f" to {Recipe(parsed.of('reduce')).text() if stop == 'encoder' else stop}"
         missing = [i for i in indices if (key, split, i) not in self._features]
         fresh: dict[int, Encoded] = {}
         if missing:
@@ -222,7 +224,7 @@ class ModelWorkbench:
             # With the signals of every reducer that is searched and reads the same features: one pass serves them all.
             methods = [m.from_params({"keep": 1.0}) for m in self.methods if m.socket == "reduce"]
             found = [steps_of([method], vlm.adapter.shape) for method in methods]
-            every = [*own, *(step for steps in found if stop_of(steps) == stop_of(own) for step in steps)]
+            every = [*own, *(step for steps in found if stop_of(steps) == stop != "encoder" for step in steps)]
             for index, part in zip(missing, encode(vlm.adapter, plans, inputs, [every] * len(plans))):
                 fresh[index] = part
                 size = part.features.nbytes + sum(signal.nbytes for signal in part.signals.values())

@@ -191,6 +191,11 @@ class Reducer(Method):
                     f"{self.name} acts at site {step.site!r}, which the {adapter.family!r} adapter does not serve; it "
                     f"serves {', '.join(adapter.sites)}. Try 'uniform' or 'fastv'"
                 )
+            if step.site == "encoder" and not 0 <= step.layer < adapter.num_blocks:
+                raise RecipeError(
+                    f"{self.name} acts in block {step.layer} of the encoder; this one uses {adapter.num_blocks}, so "
+                    f"0 to {adapter.num_blocks - 1} are possible"
+                )
             if step.site in INSIDE:
                 check_layers(adapter.layers, adapter.text_config, self.name)
                 first = 0 if step.site == "compute" else 1
