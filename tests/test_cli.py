@@ -143,12 +143,30 @@ def test_ask_streams_the_same_text(run, nano_folder, pictures):
 def test_ask_shows_what_stays(run, nano_folder, pictures, tmp_path):
     argv = ["ask", pictures / "a.png", "Which?", "--model", nano_folder, "--max-new-tokens", 1, "--show"]
     drawn = {}
-    for keep in ("0.25", "1.0"):
-        code, _, _ = run(*argv, tmp_path / f"{keep}.png", "--reduce", f"uniform(keep={keep})")
+    for reduce in ("uniform(keep=0.25)", "fastv(keep=0.25)", "uniform(keep=1.0)"):
+        code, _, _ = run(*argv, tmp_path / f"{reduce}.png", "--reduce", reduce)
         assert code == 0
-        with Image.open(tmp_path / f"{keep}.png") as picture:
-            drawn[keep] = np.asarray(picture.convert("L"), float)
-    assert (drawn["0.25"] != drawn["1.0"]).mean() > 0.5  # most tokens are dropped, so most of the picture is veiled
+        with Image.open(tmp_path / f"{reduce}.png") as picture:
+            drawn[reduce] = np.asarray(picture.convert("L"), float)
+    whole = drawn.pop("uniform(keep=1.0)")
+    for picture in drawn.values():  # most tokens are dropped, so most of the picture is veiled
+        assert (picture != whole).mean() > 0.5
+
+
+def test_ask_says_how_much_text_outweighs_the_picture(run, nano_folder, pictures):
+    argv = ["ask", pictures / "a.png", "Which?", "--model", nano_folder, "--max-new-tokens", 2, "--dominance"]
+    code, out, _ = run(*argv, "--json", "--reduce", "fastv(keep=0.25, layer=0.5)")
+    layers = json.loads(out)["dominance"]
+    assert code == 0 and [layer["layer"] for layer in layers] == list(range(len(layers)))
+    assert layers[-1]["visual"] == round(layers[0]["visual"] * 0.25)
+    for layer in layers:
+        assert layer["mdi"] == pytest.approx(layer["aei_text"] / layer["aei_visual"])
+    code, out, _ = run(*argv)
+    assert code == 0 and "MDI" in out and "middle" in out
+
+
+def test_ask_show_needs_a_picture_file(run, nano_folder, pictures, tmp_path):
+    argv = ["ask", pictures / "a.png", "Which?", "--model", nano_folder, "--max-new-tokens", 1, "--show"]
     fails(run(*argv, tmp_path / "plain"), "needs a suffix")
     assert not (tmp_path / "plain").exists()
 
