@@ -90,6 +90,19 @@ def test_rows_of_a_batch_equal_the_requests_alone(tiny, reduce):
         assert (together.ids, together.tokens, together.kept) == (alone.ids, alone.tokens, alone.kept)
 
 
+def test_a_method_is_the_same_attached_asked_for_and_in_a_recipe(tiny):
+    method = FastV(keep=0.25, layer=2)
+    expected = tiny.ask(PICTURE, "what?", reduce="fastv(keep=0.25, layer=2)", max_new_tokens=3)
+    with method.attach(tiny), Uniform(keep=0.5).attach(tiny), pytest.raises(RecipeError, match="write uniform first"):
+        tiny.ask(PICTURE, "what?")
+    with method.attach(tiny):
+        attached = tiny.ask(PICTURE, "what?", max_new_tokens=3)
+    small = foveate.Recipe.parse("fastv(keep=0.25, layer=2)").apply(tiny, quiet=True)
+    for answer in (attached, small.ask(PICTURE, "what?", max_new_tokens=3)):
+        assert (answer.ids, answer.kept, answer.tokens) == (expected.ids, expected.kept, expected.tokens)
+    assert tiny.ask(PICTURE, "what?", max_new_tokens=3).kept is None
+
+
 def test_keeping_all_runs_the_layers_as_the_model_does(tiny):
     for media in (PICTURE, [PICTURE, OTHER]):
         dense = tiny.logits(Request("what?", media))
@@ -98,7 +111,12 @@ def test_keeping_all_runs_the_layers_as_the_model_does(tiny):
 
 @torch.inference_mode()
 def test_each_layer_sees_as_many_tokens_as_are_counted_beforehand(tiny):
-    for reduce in ("fastv(keep=0.3, layer=2)", "uniform(keep=0.5) + fastv(keep=5, layer=1)", Staged(keep=0.4)):
+    for reduce in (
+        "random(keep=0.3, layer=0.5)",
+        "fastv(keep=0.3, layer=2)",
+        "uniform(keep=0.5) + fastv(keep=5, layer=1)",
+        Staged(keep=0.4),
+    ):
         request = Request("what?", [PICTURE, OTHER], reduce=reduce)
         sizes = tiny.adapter.layout(tiny.plan(request.to_messages())).features().sizes()
         batch, _ = decoded(tiny, [request], [])
