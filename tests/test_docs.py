@@ -120,6 +120,25 @@ def test_a_missing_file_is_said():
     assert "methods.json" in tables.method("uniform", None)
 
 
+def test_weight_tables_hold_accuracy_and_perplexity():
+    tables = module("benchmarks/tables.py")
+    assert "weights.json" in tables.weights("awq", None)
+    half = {"value": -0.1, "low": -0.2, "high": -0.05}
+    nano = {"method": "awq", "bits": 3, "recipe": "awq(bits=3)", "mean": 0.7, "bytes": 2_000_000, "paired": half}
+    llm = {"method": "awq", "bits": 3, "recipe": "awq(bits=3)", "calib": "wikitext", "perplexity": 6.0}
+    report = {
+        "nano": {"dense": {"mean": 0.8}, "limit": 9, "rows": [nano]},
+        "stories": {"dense": 4.0, "tokens": 99, "rows": [llm, {**llm, "method": "gptq", "recipe": "gptq(bits=3)"}]},
+    }
+    text = tables.weights("awq", report)
+    assert "| `awq(bits=3)` | 0.700 | −0.10 [−0.20, −0.05] | 2.00 |" in text and "gptq" not in text
+    assert "| `awq(bits=3)` | wikitext | 6.00 | 1.50 |" in text and "Dense: 4.00 on 99 tokens" in text
+    assert "no recipe of `rtn`" in tables.weights("rtn", report)
+    curves = module("benchmarks/curves.py").curves
+    svg = curves({"awq": [("8", 4.1), ("3", 6.0)]}, 4.0, axis="perplexity", below="bits", logarithmic=True)
+    assert svg.startswith("<svg xmlns=") and svg.count("<circle") == 2
+
+
 def test_method_table_shows_paired_differences():
     tables = module("benchmarks/tables.py")
     dense = {"mean": 0.8, "tasks": {"world/mark": {"accuracy": 0.9}, "world/bar": {"accuracy": 0.7}}}

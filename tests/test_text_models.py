@@ -151,6 +151,34 @@ def test_the_command(folder, story, capsys):
     assert main(["eval", str(folder), "--text", str(story), "--task", "world"]) == 2
 
 
+def test_the_study_of_calibration_data(blind, folder, story, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("was was was and and the the " * 40)
+    options = ["--recipe", "wanda(sparsity=0.5)", "--samples", "2", "--seqlen", "16", "--seeds", "2"]
+    command = ["compress", str(folder), *options, "--study", str(story), str(other), "random", "--text", str(story)]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["source"] for row in found["rows"]} == {str(story), str(other), "random"}
+    assert found["measure"] == "perplexity" and all(len(row["values"]) == 2 for row in found["rows"])
+    assert [row["mean"] for row in found["rows"]] == sorted(row["mean"] for row in found["rows"])
+    assert all(row["spread"] == max(row["values"]) - min(row["values"]) for row in found["rows"])
+    one = Recipe.parse(f"wanda(sparsity=0.5, calib='{other}', samples=2, seqlen=16, seed=1)").apply(blind, quiet=True)
+    (row,) = (row for row in found["rows"] if row["source"] == str(other))
+    assert row["values"][1] == pytest.approx(perplexity(one, text_file(story))["perplexity"], rel=1e-6)
+    assert main(command) == 0 and "spread" in capsys.readouterr().out
+    for wrong, words in (
+        ([*command, "-o", str(tmp_path / "x")], "saves no model"),
+        (
+            ["compress", str(folder), "--recipe", "rtn(group=16)", "--study", "random", "--text", str(story)],
+            "nothing to",
+        ),
+        (["compress", str(folder), *options, "--study", "random"], "give --text FILE"),
+        (["compress", str(folder), *options, "--study", "nowhere.txt", "--text", str(story)], "neither a file"),
+        (["compress", str(folder), *options], "give -o OUT"),
+    ):
+        assert main(wrong) == 2 and words in capsys.readouterr().err, words
+
+
 def test_nano_reads_text_too(vlm, story):
     assert perplexity(vlm, text_file(story), seqlen=32)["perplexity"] > 1
 

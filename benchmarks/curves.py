@@ -1,0 +1,64 @@
+"""A small line plot of methods over a setting, in the SVG that the reports use."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+from foveate.optimize.svg import INK, LINE, MUTED, Svg
+
+TINTS = ("#1b6ca8", "#c8553d", "#588157", "#7b5ea7", "#b08900", "#2a9d8f", "#8d6a9f", "#444444")
+
+
+def curves(
+    series: dict[str, list[tuple[str, float]]],
+    dense: float,
+    *,
+    axis: str,
+    below: str,
+    logarithmic: bool = False,
+    width: int = 560,
+    height: int = 340,
+) -> str:
+    """An SVG with one line a method. series: method -> (setting, value) in order; dense: a dashed line.
+
+    axis: name of the values; below: of the settings. logarithmic: the scale of the values.
+    """
+    settings = list(dict.fromkeys(setting for points in series.values() for setting, _ in points))
+    scale = math.log if logarithmic else float
+    values = [scale(value) for points in series.values() for _, value in points if math.isfinite(value)]
+    values.append(scale(dense))
+    low, high = min(values), max(values)
+    low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
+    left, right, top, bottom = 62.0, width - 120.0, 18.0, height - 44.0
+
+    def x(setting: str) -> float:
+        return left + (right - left) * (settings.index(setting) + 0.5) / len(settings)
+
+    def y(value: float) -> float:
+        share = (min(scale(value), high) - low) / (high - low)
+        return bottom - (bottom - top) * share
+
+    svg = Svg(width, height, f"{axis} over {below}")
+    for step in range(5):
+        at = low + (high - low) * step / 4
+        shown = math.exp(at) if logarithmic else at
+        height_at = bottom - (bottom - top) * step / 4
+        svg.line(left, height_at, right, height_at, LINE)
+        svg.label_at(left - 6, height_at + 4, f"{shown:.3g}", 11, text_anchor="end")
+    for setting in settings:
+        svg.label_at(x(setting), bottom + 17, setting, 11, text_anchor="middle")
+    svg.label_at((left + right) / 2, bottom + 36, f"{axis} over {below}", 12, INK, text_anchor="middle")
+    svg.line(left, y(dense), right, y(dense), MUTED, stroke_dasharray="5 4")
+    svg.label_at(right + 8, y(dense) + 4, "dense", 11)
+    for index, (name, points) in enumerate(series.items()):
+        tint = TINTS[index % len(TINTS)]
+        shown = [(setting, value) for setting, value in points if math.isfinite(value)]
+        for (a, first), (b, second) in pairwise(shown):
+            svg.line(x(a), y(first), x(b), y(second), tint, stroke_width=1.8)
+        for setting, value in shown:
+            svg.add("circle", title=f"{name} {setting}: {value:.4g}", cx=x(setting), cy=y(value), r=3.5, fill=tint)
+        svg.line(right + 12, top + 20 + 17 * index, right + 28, top + 20 + 17 * index, tint, stroke_width=3)
+        svg.label_at(right + 34, top + 24 + 17 * index, name, 11)
+    # a file of its own, unlike the plots inside a report, has to say what it is
+    return svg.text().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
