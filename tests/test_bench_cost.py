@@ -30,6 +30,8 @@ from foveate.errors import InputError, UnknownNameError
 from foveate.nvila.presets import PRESETS, build
 from foveate.recipe import Recipe
 from foveate.reduce.fastervlm import FasterVLM
+from foveate.reduce.fastv import FastV
+from foveate.reduce.pyramiddrop import PyramidDrop
 from foveate.reduce.uniform import Uniform
 from foveate.weights.base import module_bytes
 from foveate.weights.linear import QuantizedLinear
@@ -166,6 +168,27 @@ def test_selection_costs_what_its_signal_costs():
     assert Effect((Uniform(keep=0.5),)).selection_flops(shape, request) == 0
     extra = Effect((FasterVLM(keep=0.5),)).selection_flops(shape, request)
     assert extra == request.views * 2 * 64 * 64 * 96
+
+
+def test_methods_inside_the_language_model_cost_their_rows_and_save_by_layer():
+    shape = shape_of("nvila-8b")
+    request = request_of_sizes(PreprocessSpec(), shape, images=[(448, 448)], text=50)
+    text, visual, queries = request.text, request.visual, shape.heads * shape.head_size
+    effect = Effect((FastV(keep=0.5, layer=2),))
+    small = effect.apply(request, shape)
+    assert small.per_layer == (visual, visual, *[visual // 2] * (shape.layers - 2))
+    row = 2 * shape.width * queries + 2 * queries * (text + visual)
+    assert effect.selection_flops(shape, small) == row
+    keys = 2 * (text + visual) * shape.width * shape.kv_heads * shape.head_size
+    pyramid = Effect((PyramidDrop(keep=0.5, layers=(2,)),))
+    assert pyramid.selection_flops(shape, pyramid.apply(request, shape)) == row + keys
+    dense, dropped = (flops(shape, one)["prefill"] for one in (request, small))
+    each = 2 * shape.layer_params * visual / 2 + 4 * queries * (
+        (text + visual) * (text + visual + 1) / 2 - (text + visual // 2) * (text + visual // 2 + 1) / 2
+    )
+    assert dense - dropped == pytest.approx((shape.layers - 2) * each)
+    assert small.cached == text + visual * (2 + (shape.layers - 2) / 2) / shape.layers
+    assert small.prompt == text + visual
 
 
 def test_estimate_sees_every_saving():

@@ -418,15 +418,42 @@ class Effect:
         """The request with the tokens that stay in each decoder layer; exact for methods whose budget is."""
         if not self.reducers:
             return request
-        from foveate.adapters.shape import Shape
         from foveate.reduce.base import tokens_per_layer
 
-        layers = tokens_per_layer(self.reducers, request.groups, Shape(shape.vision_layers, shape.layers))
+        layers = tokens_per_layer(self.reducers, request.groups, _site_shape(shape))
         same = len(set(layers)) == 1
         return replace(request, kept=layers[-1], per_layer=() if same else tuple(layers))
 
     def selection_flops(self, shape: ModelShape, request: Request) -> float:
-        """Query-key products of one tower layer, computed once more when a method asks for received attention, because
-        fast attention kernels do not return their map."""
+        """What it costs to tell the methods what they ask for, in products that the model does not make anyway.
+
+        In the tower: query-key products of one layer, when a method asks for received attention, because fast attention
+        kernels do not return their map. In the language model: queries of the rows that are asked for, their products
+        with all keys, and for signals named "next_..." the keys as well. All text counts as rows of text. request: as
+        `apply` returns it.
+        """
         needed = any("received_attention" in need for reducer in self.reducers for need in reducer.signals)
-        return float(request.views * 2 * shape.patches**2 * shape.vision_width) if needed else 0.0
+        tower = request.views * 2 * shape.patches**2 * shape.vision_width if needed else 0.0
+        layers = request.per_layer or (request.kept,) * shape.layers
+        from foveate.adapters.shape import steps_of
+
+        steps = [step for step in steps_of(self.reducers, _site_shape(shape)) if step.site == "llm"]
+        return float(tower + sum(_row_flops(shape, step, request.text, layers[step.layer - 1]) for step in steps))
+
+
+def _site_shape(shape: ModelShape) -> Any:
+    from foveate.adapters.shape import Shape
+
+    return Shape(shape.vision_layers, shape.layers, text_heads=shape.heads)
+
+
+def _row_flops(shape: ModelShape, step: Any, text: int, visual: int) -> float:
+    """FLOPs of the signals of a step inside the language model, where `text` and `visual` tokens meet."""
+    queries, prompt = shape.heads * shape.head_size, text + visual
+    keys = 2 * prompt * shape.width * shape.kv_heads * shape.head_size
+    rows = {"last": 1, "text": text, "visual": visual}
+    total = float(keys) if any(name.startswith("next_") for name in step.signals) else 0.0
+    for name in step.signals:
+        count = rows.get(name.removeprefix("next_").removesuffix("_attention"), 0) * name.endswith("_attention")
+        total += count * (2 * shape.width * queries + 2 * queries * prompt)
+    return total
