@@ -19,7 +19,7 @@ from foveate.data.fit import fit_clip
 from foveate.data.plan import Plan, plan
 from foveate.data.video import VideoInfo
 
-SIZES = [(160, 120), (40, 90), (56, 56), (9, 5), (300, 20), (20, 310)]
+SIZES = [(160, 120), (40, 90), (56, 56), (9, 5), (300, 20), (20, 310), (170, 56)]
 VIDEO_FAMILIES = [family for family in FAMILIES if DEFAULTS[family].get("video_token")]
 
 

@@ -129,7 +129,7 @@ def test_layout_finds_the_place_in_the_picture(tinies: dict[str, Tiny], family: 
 
 def test_padding_of_one_of_several_pictures_is_marked(tinies: dict[str, Tiny]) -> None:
     one = tinies["llava_onevision"]
-    made = plan(ask(picture(100, 40), picture(30, 30)), one.spec, one.tokenizer)
+    made = plan(ask(picture(100, 23), picture(30, 30)), one.spec, one.tokenizer)
     tokens = layout(made)
     wide = tokens[(tokens.media == 0) & (tokens.kind != NEWLINE)]
     pixels = execute(made).media[0].pixels[0]

@@ -18,8 +18,8 @@ class VisualLayout:
 
     media: index of the picture or clip in the prompt. view: index of the encoded view (tile, thumbnail, pooled group of
     frames) inside its media item. frame: the group's first frame, counted among the sampled ones; -1 in a picture.
-    row, col: place in the view. global_row, global_col: place in the whole picture, -1 where there is none (thumbnail,
-    separator).
+    row, col: place in the view. global_row, global_col: place in the whole picture, -1 where there is none (thumbnail;
+    a separator has the global_row that it closes, if it closes one).
     kind: VALID, PADDING or NEWLINE. position: index in the prompt's token sequence before anything was dropped.
     size: float32, how many original tokens this one stands for (1 before merging).
     """
