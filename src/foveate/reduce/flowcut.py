@@ -5,22 +5,23 @@ Source: FlowCut, arXiv 2505.19536 (NeurIPS 2025; code read: TungChintao/FlowCut 
 its value (attention and value mean over heads); the cumulative score is half the earlier one and half the new one.
 How many leave a block follows from the target and from how even c is: even attention, few.
 
-Departures: on a tower without CLS, and where the connector merges patches of a square so that none may leave the
-encoder, the cumulative score of the last four used blocks is taken at the end and tokens leave once; there received
-attention takes the place of c + e when CLS is missing (the code's Qwen form uses the mean query, which is near).
+Departures: each view follows its own entropy (the code takes the batch's largest count). On a tower without CLS, and
+where the connector merges patches of a square so that none may leave the encoder, the cumulative score of the last four
+used blocks is taken at the end and tokens leave once; there received attention takes the place of c + e when CLS is
+missing (the code's Qwen form uses the mean query, which is near).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from foveate.errors import RecipeError
-from foveate.reduce.base import Reduction, Scorer, Step, layer_index, top_k
+from foveate.reduce.base import Reduction, Scorer, Select, Step, layer_index, top_k
 from foveate.reduce.signals import given, per_view, split_heads
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class FlowCut(Scorer):
     layer: float | int = 2 / 32
 
     name: ClassVar[str] = "flowcut"
-    sites: ClassVar[tuple[str, ...]] = ("post_encoder", "post_projector")
+    sites: ClassVar[tuple[str, ...]] = ("encoder", "post_encoder", "post_projector")
     signals: ClassVar[tuple[str, ...]] = needs(-1)  # and those of the blocks before: `steps`
     scope: ClassVar[str] = "view"
     position: ClassVar[str] = "renumber"
@@ -66,11 +67,9 @@ class FlowCut(Scorer):
             raise RecipeError(f"{self.name}: inner is {self.inner}; a kept fraction lies above 0 and at most at 1")
 
     def steps(self, shape: Shape) -> tuple[Step, ...]:
-        (outer,) = super().steps(shape)
-        known = range(-min(LAST, shape.blocks), 0)  # a small encoder has fewer blocks
-        outer = replace(outer, signals=tuple(need for block in known for need in needs(block)))
+        outer = self._in_encoder(shape) if "encoder" in shape.sites and shape.cls else self._after_encoder(shape)
         if self.inner == 1:
-            return (outer,)
+            return outer
         inside = self.step(
             "llm",
             self.select_inside,
@@ -80,7 +79,52 @@ class FlowCut(Scorer):
             newline="keep",
             count=lambda n, total: self.count_inside(n),
         )
-        return (outer, inside)
+        return (*outer, inside)
+
+    def _after_encoder(self, shape: Shape) -> tuple[Step, ...]:
+        """Once, by the last blocks; a small encoder has fewer of them."""
+        site = next(site for site in ("post_encoder", "post_projector") if site in shape.sites)
+        known = range(-min(LAST, shape.blocks), 0)
+        return (self.step(site, self.select, signals=tuple(need for block in known for need in needs(block))),)
+
+    def _in_encoder(self, shape: Shape) -> tuple[Step, ...]:
+        """In every block a score, in every second one tokens leave; the last block only runs what is left."""
+        seen: dict[tuple[int, int], tuple[int, Tensor]] = {}  # of this request: view -> patches at first, score so far
+        last = max(shape.blocks - 2, 0)
+
+        def act(block: int) -> Select:
+            def select(signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
+                view = (int(layout.media[0]), int(layout.view[0]))
+                total, before = seen.get(view, (len(layout), None))
+                kept, score = self.select_in_block(signals, self.count(total), before, last - block, shape.heads)
+                seen[view] = (total, score[kept])
+                return Reduction(kept)
+
+            return select
+
+        return tuple(
+            self.step(
+                "encoder",
+                act(block),
+                layer=block,
+                signals=("cls_attention", "cls_value", "values"),
+                count=lambda n, total, end=block == last: self.count(n) if end else n,
+            )
+            for block in range(last + 1)
+        )
+
+    def select_in_block(
+        self, signals: dict[str, Tensor], target: int, before: Tensor | None, blocks_left: int, heads: int
+    ) -> tuple[Tensor, Tensor]:
+        """Of one view in one block: what stays [K] ascending, and the cumulative score [n] before anything left."""
+        attention = signals["cls_attention"].float()
+        of_cls, values = (split_heads(signals[name].float(), heads) for name in ("cls_value", "values"))
+        norm = values.mean(dim=1).abs().sum(dim=-1)
+        score = cumulated(before, flow(attention, semantic_attention(of_cls, values), norm).cpu())
+        n = len(score)
+        if n <= target or blocks_left % 2:
+            return torch.arange(n), score
+        return top_k(score, n - leaving(attention[None], target, blocks_left)), score
 
     def count_inside(self, n: int) -> int:
         """Tokens of n that the second choice leaves."""

@@ -3,7 +3,7 @@
 Source: PiToMe, arXiv 2405.16148 (NeurIPS 2024), from its description alone. A token's energy is the mean over all
 tokens of ELU(cosine of keys - margin): high where it has many alike ones. Of T tokens, with r to go, the 2 r of highest
 energy are ranked; each of even rank joins the most similar one of odd rank, as a mean weighted by size. The margin
-falls from block to block.
+falls from block to block, from 0.9 to 0 in the paper.
 
 Departures: r follows from `keep`; the rounds stand where those of `tome` stand, with the same notes. A round can halve
 the tokens at most, so a small `keep` takes several.
@@ -28,7 +28,10 @@ Mode = Literal["pitome", "pitome_bsm", "bsm", "text"]
 
 @dataclass(frozen=True)
 class PiToMe(ToMe):
-    """Tokens of highest energy merge until `keep` of each view is left; margin: the cosine from which two are alike."""
+    """Tokens of highest energy merge until `keep` of each view is left.
+
+    margin: the cosine from which two are alike, in the middle of the encoder; it falls from twice that to 0.
+    """
 
     margin: float = 0.45
 
@@ -37,11 +40,13 @@ class PiToMe(ToMe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not -1 < self.margin < 1:
-            raise RecipeError(f"{self.name}: margin is {self.margin}; it is a cosine between -1 and 1")
+        if not 0 <= self.margin <= 0.5:
+            raise RecipeError(
+                f"{self.name}: margin is {self.margin}; it lies between 0 and 0.5, for it starts at twice that"
+            )
 
-    def match(self, metric: Tensor, r: int) -> Matching:
-        return energy_matching(metric, min(r, metric.shape[1] // 2), self.margin)
+    def match(self, metric: Tensor, r: int, depth: float) -> Matching:
+        return energy_matching(metric, min(r, metric.shape[1] // 2), 2 * self.margin * (1 - depth))
 
 
 def energy(metric: Tensor, margin: float, text: bool = False) -> Tensor:

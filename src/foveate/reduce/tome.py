@@ -5,26 +5,29 @@ are split into even and odd ones; the r even tokens whose keys (mean over heads)
 a mean weighted by the number of patches that each already stands for. CLS is never merged. The matching itself is
 `merge.bipartite`.
 
-Departures: r follows from `keep` and the number of blocks, spread evenly. Attention inside the encoder does not weight
-tokens by their size. Where the connector merges patches of a square, so that none may leave the encoder, the same
-matching is repeated on the finished tokens, on the keys of the last used block, until `keep` is reached. Tokens stay in
-sequence order: the language model, unlike the encoder, has positions that follow it.
+Departures: r follows from `keep` and the number of used blocks, spread evenly; a block merges in several rounds where
+half is not enough. Attention inside the encoder does not weight tokens by their size. Where the connector merges
+patches of a square, so that none may leave the encoder, all rounds happen on the finished tokens, on the keys of the
+last used block. Tokens stay in sequence order: the language model, unlike the encoder, has positions that follow it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
-from foveate.reduce.base import Reducer, Reduction
-from foveate.reduce.grid import blocks
+from foveate.reduce.base import Reducer, Reduction, Step
+from foveate.reduce.grid import blocks as blocks_of
 from foveate.reduce.merge import Matching, as_part, bipartite, reduction, rounds
-from foveate.reduce.signals import given
+from foveate.reduce.signals import given, split_heads
 
 if TYPE_CHECKING:
     from foveate.adapters.layout import VisualLayout
+    from foveate.adapters.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -32,29 +35,47 @@ class ToMe(Reducer):
     """Pairs of alike tokens merge until `keep` of each view is left."""
 
     name: ClassVar[str] = "tome"
-    sites: ClassVar[tuple[str, ...]] = ("post_encoder", "post_projector")
+    sites: ClassVar[tuple[str, ...]] = ("encoder", "post_encoder", "post_projector")
     signals: ClassVar[tuple[str, ...]] = ("keys@-1|features",)
     scope: ClassVar[str] = "view"
     position: ClassVar[str] = "renumber"
     newline: ClassVar[str] = "drop"
     summary: ClassVar[str] = "alike tokens merged in pairs, weighted by their size"
 
-    def match(self, metric: Tensor, r: int) -> Matching:
-        """One round on [1, n, D]: at most r tokens join others."""
+    def match(self, metric: Tensor, r: int, depth: float) -> Matching:
+        """One round on [1, n, D]: at most r tokens join others. depth: how far through the encoder, from 0 to 1."""
         return bipartite(metric, r)
+
+    def steps(self, shape: Shape) -> tuple[Step, ...]:
+        if "encoder" not in shape.sites or not shape.blocks:
+            return super().steps(shape)
+        return tuple(
+            self.step(
+                "encoder",
+                partial(self.select_in_block, block=block, blocks=shape.blocks, heads=shape.heads),
+                layer=block,
+                where="mid",
+                signals=("keys",),
+                count=lambda n, total, last=block == shape.blocks - 1: self.count(n) if last else n,
+            )
+            for block in range(shape.blocks)
+        )
+
+    def select_in_block(
+        self, signals: dict[str, Tensor], layout: VisualLayout, block: int, blocks: int, heads: int
+    ) -> Reduction:
+        """The share of one block in the merges of a view."""
+        n, size = len(layout), layout.size
+        target = self.count(int(size.sum()))  # sizes tell how many patches there were
+        count = n - (n - target) // (blocks - block)
+        keys = split_heads(signals["keys"].float(), heads).mean(dim=1).cpu()
+        part = as_part(torch.arange(n), rounds(keys, size, count, partial(self.match, depth=block / blocks)), size)
+        return Reduction(part.keep, part.weights)
 
     def select(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
         keys, parts = given(signals, self.signals[0]), []
         for view in layout.groups("view"):
             size = layout.size[view]
-            parts.append(as_part(view, rounds(keys[view].cpu(), size, self.count(len(view)), self.match), size))
-        return reduction(parts, blocks(layout))
-
-
-def spread_evenly(n: int, count: int, blocks: int) -> list[int]:
-    """Tokens left after each block when n shrink to `count` by about equal numbers, and by at most half at once."""
-    left, out = n, []
-    for block in range(1, blocks + 1):
-        left = max(n - (n - count) * block // blocks, left - left // 2)
-        out.append(left)
-    return out
+            matching = rounds(keys[view].cpu(), size, self.count(len(view)), partial(self.match, depth=0.5))
+            parts.append(as_part(view, matching, size))
+        return reduction(parts, blocks_of(layout))
