@@ -217,12 +217,12 @@ class Ragged:
         for stage, end in zip(self.stages, [*(stage.first for stage in self.stages[1:]), len(layers)]):
             stage.grow()
             rotary = self._model.rotary_emb(hidden, stage.position)
-            allowed = self._step_mask(stage, unseen, hidden)
+            allowed = self._step_mask(stage, unseen, hidden, stage.first)
             for index in range(stage.first, end):
                 if any(index in own for own in steps):
                     at = [own.get(index) for own in steps]
                     self._look(index, at, entered, hidden, seen_rotary, seen_at, cache, unseen)
-                    allowed = self._step_mask(stage, unseen, hidden)
+                    allowed = self._step_mask(stage, unseen, hidden, index)
                 entered, seen_at, seen_rotary = hidden, stage, rotary
                 hidden = self._layer(index, hidden, allowed, rotary, cache, stage)
             stage.position = stage.position + 1
@@ -263,11 +263,11 @@ class Ragged:
             gone[reduction.keep.cpu()] = False
             unseen[b] = stage.origin[b][gone] if bool(gone.any()) else None
 
-    def _step_mask(self, stage: Stage, unseen: list[Tensor | None], hidden: Tensor) -> Any:
-        """The mask of one decoding step for the layers of a stage."""
+    def _step_mask(self, stage: Stage, unseen: list[Tensor | None], hidden: Tensor, layer: int) -> Any:
+        """The mask of one decoding step from `layer` on, which has not seen the new token yet."""
         if all(numbers is None for numbers in unseen):
             return self._mask(stage.real, 1, hidden)
-        width = self.cache.layers[stage.first].get_seq_length() + 1
+        width = self.cache.layers[layer].get_seq_length() + 1
         return self._mask(stage.without(unseen, width, hidden.device), 1, hidden)
 
     def shrink(self, going: list[int]) -> None:

@@ -1,0 +1,201 @@
+"""Methods that act in several places: inside the encoder, inside the language model, in the cache while decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from families import clip, picture, tiny
+from foveate.data.sample import VideoSource
+from foveate.errors import RecipeError
+from foveate.reduce.base import tokens_per_layer
+from foveate.reduce.dycoke import DyCoke
+from foveate.reduce.flowcut import FlowCut, leaving
+from foveate.reduce.framefusion import FrameFusion, Progress, merge_call, prune_call, remaining
+from foveate.reduce.holitom import HoliTom
+from foveate.reduce.prunevid import PruneVid
+from foveate.reduce.tome import ToMe
+from foveate.runtime import Clock, open_batch
+from foveate.vlm import Request
+from layouts import LAYOUTS, make, single
+from reduce_oracle import recorded, replayed, rows_of
+
+PICTURES = [picture(0), picture(1, 30, 90)]
+TOKENS = (65, 70, 66)
+
+
+def run(vlm, request, tokens=TOKENS):
+    """(row, what each step inside the language model chose, logits of the prompt and of each token)."""
+    (row,) = rows_of(vlm, [request])
+    row, notes = recorded(row)
+    batch = open_batch(vlm.adapter, [row], vlm.new_cache(), Clock(vlm.device))
+    first = batch.prefill()[0]
+    chosen = list(notes)
+    return row, chosen, [first, *(batch.decode(torch.tensor([token]))[0] for token in tokens)], notes
+
+
+# ---- inside the encoder
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.1, 3])
+@pytest.mark.parametrize("method", ["tome", "pitome", "flowcut"])
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@torch.inference_mode()
+def test_views_leave_the_encoder_with_as_many_tokens_as_were_asked_for(family, method, keep):
+    vlm = tiny(family)
+    assert torch.equal(
+        vlm.logits(Request("what?", PICTURES, reduce=f"{method}(keep=1.0)")), vlm.logits(Request("what?", PICTURES))
+    )
+    request = Request("what?", PICTURES, reduce=f"{method}(keep={keep})")
+    (row,) = rows_of(vlm, [request])
+    sizes = vlm.adapter.layout(vlm.plan(request.to_messages())).features().sizes()
+    (reducer,) = vlm.reducers(request.reduce)
+    assert {step.site for step in reducer.steps(vlm.adapter.shape)} == {"encoder"}
+    expected = sum(reducer.count(n) for media in sizes for n in media)
+    assert row.kept == expected == tokens_per_layer([reducer], sizes, vlm.adapter.shape)[-1]
+    if method != "flowcut":  # nothing is lost in a merge
+        assert float(row.layout.size.sum()) == row.visual
+
+
+@torch.inference_mode()
+def test_a_block_merges_its_share_and_the_last_one_what_is_left():
+    layout = make(single(6, 9)).features()
+    keys = torch.randn(54, 16, generator=torch.Generator().manual_seed(0))
+    method = ToMe(keep=10)
+    for block, expected in enumerate((43, 32, 21, 10)):
+        reduction = method.select_in_block({"keys": keys}, layout, block, 4, heads=4)
+        assert len(reduction.keep) == expected
+        size = (reduction.weights > 0).float() @ layout.size
+        layout = dataclasses.replace(layout[reduction.keep], size=size)
+        keys = reduction.weights @ keys
+    assert float(layout.size.sum()) == 54
+
+
+def test_even_attention_lets_few_patches_go_and_sharp_attention_many():
+    even, sharp = torch.full((1, 100), 0.01), torch.zeros(1, 100)
+    sharp[0, :2] = 0.5
+    assert leaving(even, 20, 4) == 0
+    assert leaving(sharp, 20, 4) > 35
+    assert leaving(even, 20, 0) == 80  # at the end all above the target go
+
+
+# ---- inside the language model
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava_onevision"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        HoliTom(keep=0.6, inner=0.5, layer=2),
+        PruneVid(keep=0.6, text_keep=0.5, layer=2),
+        FlowCut(keep=0.6, inner=0.5, layer=2),
+    ],
+    ids=lambda method: method.name,
+)
+@torch.inference_mode()
+def test_a_second_stage_leaves_its_share_and_decoding_follows(method, family):
+    vlm = tiny(family)
+    request = Request("what is it?", clip(3), reduce=method)
+    row, chosen, logits, _ = run(vlm, request)
+    before, after = row.per_layer[1], row.per_layer[2]
+    assert row.per_layer == [before] * 2 + [after] * 2 and 0 < after <= before // 2 + 1
+    assert len(chosen) == 1
+    for count in range(len(TOKENS) + 1):
+        torch.testing.assert_close(
+            logits[count], replayed(vlm, request, chosen, list(TOKENS[:count])), atol=1e-5, rtol=1e-5
+        )
+    one = type(method)(keep=0.6)  # without the second stage
+    assert row.per_layer[0] == run(vlm, Request("what is it?", clip(3), reduce=one))[0].per_layer[-1]
+
+
+@torch.inference_mode()
+def test_prunevid_takes_the_same_share_of_every_set():
+    layout, sets = LAYOUTS["single"], torch.arange(54) % 3
+    method = PruneVid(keep=1.0, text_keep=0.5)
+    first, second = method.steps(tiny("qwen2_5_vl").adapter.shape)
+    kept = first.select({"features": torch.randn(54, 8)}, layout).keep
+    assert kept.tolist() == list(range(54))
+    attention = torch.rand(2, 3, 54, generator=torch.Generator().manual_seed(0))
+    chosen = second.select({"text_attention": attention}, layout).keep  # one picture is one set
+    assert len(chosen) == 27 == second.count(54, 54)
+    assert set(chosen.tolist()) == set(attention.amax(dim=(0, 1)).topk(27).indices.tolist())
+    assert sets.bincount().tolist() == [18, 18, 18]
+
+
+@pytest.mark.parametrize("keep", [0.7, 0.4])
+@torch.inference_mode()
+def test_framefusion_costs_what_was_asked_for(keep):
+    vlm = tiny("qwen2_5_vl")
+    still = VideoSource(clip(4, 8).data[:1].repeat(8, axis=0), fps=2.0)  # nothing moves: everything may merge at once
+    request = Request("what?", still, reduce=FrameFusion(keep=keep))
+    row, chosen, logits, _ = run(vlm, request)
+    assert sum(row.per_layer) / (len(row.per_layer) * row.visual) == pytest.approx(keep, abs=0.03)
+    torch.testing.assert_close(logits[1], replayed(vlm, request, chosen, [TOKENS[0]]), atol=1e-5, rtol=1e-5)
+    moving = Request("what?", clip(4, 8), reduce=FrameFusion(keep=keep, similarity=0.999))
+    row = run(vlm, moving)[0]  # nothing merges, so attention pays at the next layer
+    assert row.per_layer[0] == row.visual > row.per_layer[1] == row.per_layer[-1]
+    assert sum(row.per_layer) / (len(row.per_layer) * row.visual) == pytest.approx(keep, abs=0.03)
+
+
+def test_framefusion_merges_runs_in_time_and_then_prunes_to_the_budget():
+    place = torch.tensor([-1, 0, 1, 0, 1, 0, 1, -1])
+    a, b, c = torch.eye(4)[0], torch.eye(4)[1], torch.eye(4)[2]
+    hidden = torch.stack([c, a, b, a, -b, a, -b, c])
+    kept, weights, progress = merge_call(hidden, place, Progress(), 0.3, 10, 0.9, 0.1)
+    assert kept.tolist() == [0, 1, 2, 4, 7]  # the first place is one run, the second changed once
+    torch.testing.assert_close((weights @ hidden)[1:4], torch.stack([a, b, -b]))
+    assert progress == Progress((0.5,), False, False)
+    attention = torch.tensor([[0.9, 0.1, 0.2, 0.3, 0.9]])
+    kept, progress = prune_call(attention, place[kept], progress, 0.3, 10)
+    assert kept.tolist() == [0, 3, 4] or len(kept) == 2 + round(3 * (1 - remaining((0.5,), 0.3, 10)))
+    assert progress.pruning_done
+
+
+# ---- while decoding
+
+
+@pytest.mark.parametrize("strict", ["paper", "code"])
+@torch.inference_mode()
+def test_dycoke_attends_to_a_share_and_chooses_anew_when_attention_moves(strict):
+    vlm = tiny("qwen2_5_vl")
+    for similarity, alike in ((2.0, False), (-1.0, True)):  # never alike, always alike
+        method = DyCoke(keep=0.8, decode=0.25, layer=1, similarity=similarity, strict=strict)
+        row, _, _, notes = run(vlm, Request("what?", clip(5), reduce=method))
+        kept = [reduction.keep.tolist() for _, reduction in notes]
+        share = method.count_decoding(row.kept)
+        assert len(kept) == len(TOKENS) and len(kept[0]) == share < row.kept
+        if not alike:
+            assert [len(places) for places in kept] == [share] * len(TOKENS)
+        elif strict == "paper":
+            assert kept == [kept[0]] * len(TOKENS)
+        else:
+            assert [len(places) for places in kept[1:]] == [row.kept] * (len(TOKENS) - 1)
+
+
+@torch.inference_mode()
+def test_attending_to_all_while_decoding_changes_nothing():
+    vlm = tiny("llava_onevision")
+    whole = run(vlm, Request("what?", clip(5), reduce=DyCoke(keep=0.8)))[2]
+    every = run(vlm, Request("what?", clip(5), reduce=DyCoke(keep=0.8, decode=0.999999, layer=1)))
+    assert len(every[3][0][1].keep) == every[0].kept - 1
+    few = run(vlm, Request("what?", clip(5), reduce=DyCoke(keep=0.8, decode=0.1, layer=1)))[2]
+    torch.testing.assert_close(whole[0], few[0], atol=1e-5, rtol=1e-5)  # the prompt itself is not touched
+    assert not torch.allclose(whole[1], few[1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make_method", "says"),
+    [
+        (lambda: HoliTom(keep=0.5, inner=0.0), "inner is 0.0"),
+        (lambda: FlowCut(keep=0.5, inner=1.5), "inner is 1.5"),
+        (lambda: PruneVid(keep=0.5, text_keep=0.0), "text_keep is 0.0"),
+        (lambda: DyCoke(keep=0.5, decode=2.0), "decode is 2.0"),
+        (lambda: FrameFusion(keep=7), "keep is 7"),
+        (lambda: FrameFusion(keep=0.3, least=2.0), "least 2.0"),
+    ],
+)
+def test_parameters_of_later_stages_are_refused_out_of_range(make_method, says):
+    with pytest.raises(RecipeError, match=says):
+        make_method()
