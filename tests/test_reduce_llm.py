@@ -346,3 +346,14 @@ def test_found_rates_are_what_the_layers_see(tiny):
     request = Request("what?", PICTURE, reduce="schedule(keep=1.0, rates=[0.5, 0.5, 0.25])")
     batch, _ = decoded(tiny, [request], [])
     assert batch.rows[0].per_layer == [48, 24, 12]
+
+
+def test_the_searches_run_on_a_model(tiny):
+    requests = [Request("what?", PICTURE), Request("who is it?", OTHER)]
+    accepted = [[answer.text] for answer in tiny.answer(requests, 3)]
+    quality = schedule.quality_on(tiny, requests, accepted, 3)
+    assert quality(schedule.Schedule(keep=1.0)) == 1.0
+    counts = schedule.g_search(lambda counts: quality(schedule.as_schedule(counts)), 3, 48, 0.5)
+    assert quality(schedule.as_schedule(counts)) >= 0.5
+    assert counts[0] == 48 and counts == sorted(counts, reverse=True)
+    assert schedule.as_schedule(counts).counts(48, 3) == [max(1, count) for count in counts]

@@ -112,6 +112,19 @@ def test_a_method_on_a_family(name, family):
     assert torch.equal(rows[1].origin, row.origin)
 
 
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "internvl"])
+@torch.inference_mode()
+def test_reductions_follow_each_other(family):
+    vlm = tiny(family)
+    recipe = "visionzip(keep=0.6) + fastv(keep=0.5, layer=1) + pyramiddrop(keep=0.1, layers=[2, 3])"
+    request = Request("what?", picture(4, 50, 80), reduce=recipe)
+    sizes = vlm.adapter.layout(vlm.plan(request.to_messages())).features().sizes()
+    (row,) = rows_of(vlm, [request])
+    open_batch(vlm.adapter, [row], vlm.new_cache(), Clock(vlm.device)).prefill()
+    assert row.per_layer == tokens_per_layer(vlm.reducers(recipe), sizes, vlm.adapter.shape)
+    assert len(set(row.per_layer)) >= 3 and row.per_layer[0] < sum(map(sum, sizes))
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen3_vl", "smolvlm"])
 def test_methods_in_two_threads_do_not_meet(family):
     vlm = tiny(family)

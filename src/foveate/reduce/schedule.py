@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
@@ -29,6 +29,7 @@ from foveate.reduce.base import Reducer, Reduction, Step, top_k
 if TYPE_CHECKING:
     from foveate.adapters.layout import VisualLayout
     from foveate.adapters.shape import Shape
+    from foveate.vlm import VLM, Request
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Schedule(Reducer):
 
     keep: the mean over all layers, as a fraction of the tokens that enter, or as a number. The first layer always sees
     all of them, so the least possible mean is one layer's share. steepness: of the sigmoid over the whole depth. rates:
-    fractions at equal depths, never rising, instead of the sigmoid; `keep` is then the least that ever stays.
+    fractions at equal depths from the first layer on, never rising, instead of the sigmoid; `keep` says nothing then.
     """
 
     steepness: float = 8.0
@@ -61,9 +62,8 @@ class Schedule(Reducer):
     def counts(self, total: int, layers: int) -> list[int]:
         """Tokens that each layer sees of `total` that entered; the first sees all."""
         if self.rates is not None:
-            least = self.count(total) if isinstance(self.keep, int) or self.keep < 1 else 0
-            rates = [1.0, *(self.rates[index * len(self.rates) // layers] for index in range(1, layers))]
-            return [total, *(max(1, least, int(total * rate + 0.5)) for rate in rates[1:])]
+            rates = [self.rates[index * len(self.rates) // layers] for index in range(1, layers)]
+            return [total, *(max(1, int(total * rate + 0.5)) for rate in rates)]
         keep = min(1.0, self.keep / max(total, 1)) if isinstance(self.keep, int) else self.keep
         return sigmoid_counts(total, layers, keep, self.steepness)
 
@@ -139,3 +139,24 @@ def steepest(
         scored.append((quality(Schedule(keep=keep, steepness=value)), -value))
         around = -max(scored)[1]
     return Schedule(keep=keep, steepness=-max(scored)[1])
+
+
+def as_schedule(counts: Sequence[int]) -> Schedule:
+    """The schedule of counts that `g_search` found; on requests with other numbers of tokens the fractions hold."""
+    total = max(counts[0], 1)
+    return Schedule(keep=1.0, rates=tuple(count / total for count in counts))
+
+
+def quality_on(
+    vlm: VLM, requests: Sequence[Request], accepted: Sequence[Sequence[str]], max_new_tokens: int = 32
+) -> Callable[[Schedule], float]:
+    """A quality for `g_search` (on `as_schedule(counts)`) and `steepest`: the share of requests that are answered with
+    an accepted answer, letters' case and outer blanks aside."""
+    wanted = [{answer.strip().lower() for answer in answers} for answers in accepted]
+
+    def quality(schedule: Schedule) -> float:
+        asked = [replace(request, reduce=schedule) for request in requests]
+        found = vlm.answer(asked, max_new_tokens)
+        return sum(a.text.strip().lower() in own for a, own in zip(found, wanted)) / max(len(wanted), 1)
+
+    return quality
