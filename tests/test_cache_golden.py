@@ -7,6 +7,7 @@ import torch
 
 from foveate.cache import nuq, vidkv
 from foveate.cache.kivi import dequantize, pack_last, quantize
+from foveate.weights.normal_float import normal_float
 from goldens_io import golden_cases
 
 KIVI, KVQUANT, VIDKV = (golden_cases("compress", name) for name in ("kivi", "kvquant", "vidkv"))
@@ -106,9 +107,7 @@ def test_compress_kvquant_golden_first_tokens(name):
 @pytest.mark.parametrize("name", [n for n, case in KVQUANT.items() if ("out", "signposts") in case])
 def test_compress_kvquant_golden_normal_float(name):
     case = KVQUANT[name]
-    torch.testing.assert_close(
-        nuq.normal_float(case["param", "bits"]), case.tensor("signposts", "out"), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(normal_float(case["param", "bits"]), case.tensor("signposts", "out"), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", [n for n in VIDKV if n.startswith("key")])

@@ -26,6 +26,8 @@ EXPORTS = [
     "smoothquant(samples=2, seqlen=16)",
     "wanda(samples=2, seqlen=16) + gptq(bits=8, group=16, symmetric=true, samples=2, seqlen=16)",
     "sparsegpt(pattern='2:4', samples=2, seqlen=16)",
+    "fp8_weights",
+    "fp8_weights(inputs=false)",
 ]
 
 

@@ -30,6 +30,7 @@ from foveate.cache.ragged import Ragged
 from foveate.cache.rotations import Rotations
 from foveate.cache.store import Codec, Part, Store
 from foveate.errors import RecipeError
+from foveate.weights.normal_float import normal_float
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -145,7 +146,7 @@ class _OutlierCodec(Codec):
 
     def _fixed_levels(self, states: Tensor) -> None:
         """Levels that need no data: uniform ones are their own codes."""
-        kinds = {"nf": nuq.normal_float(self.method.bits), "int": torch.arange(2**self.method.bits)}
+        kinds = {"nf": normal_float(self.method.bits), "int": torch.arange(2**self.method.bits)}
         level = kinds[self.method.levels].to(states)
         self.state["levels"] = self.state["read"] = level.expand(len(states), -1)
 

@@ -13,9 +13,6 @@ from torch import Tensor
 BINS = 4096
 """Bins of the histogram that k-means runs on."""
 
-NORMAL_FLOAT = 0.9677083
-"""Largest cumulative probability of the NormalFloat levels (QLoRA, arXiv 2305.14314)."""
-
 
 def quantile(values: Tensor, q: float) -> Tensor:
     """The q-quantile over the last axis, which stays with size 1; between two values linear interpolation."""
@@ -101,16 +98,6 @@ def integer(states: Tensor, upper: Tensor, lower: Tensor, bits: int, whole: bool
     offset = offset.round() if whole else offset
     codes = (states * rate - offset).round().clamp(0, top)
     return codes, 1 / rate, offset / rate
-
-
-def normal_float(bits: int) -> Tensor:
-    """The 2**bits NormalFloat levels, float64, ascending in -1 .. 1 with 0 among them."""
-    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
-    half = 2 ** (bits - 1)
-    low = torch.linspace(1 - NORMAL_FLOAT, 0.5, half, dtype=torch.float64)[:-1]
-    high = torch.linspace(0.5, NORMAL_FLOAT, half + 1, dtype=torch.float64)
-    levels = normal.icdf(torch.cat([low, high]))
-    return levels / levels.abs().amax()
 
 
 def fit_levels(states: Tensor, upper: Tensor, lower: Tensor, bits: int, weights: Tensor | None = None) -> Tensor:

@@ -41,6 +41,8 @@ class WeightMethod(Method):
     socket: ClassVar[str] = "weights"
     exclusive: ClassVar[str] = "storage"
     skip: ClassVar[tuple[str, ...]] = ("lm_head",)
+    takes: ClassVar[tuple[type, ...]] = (nn.Linear,)
+    """Kinds of layers that are replaced, exactly these."""
 
     def __post_init__(self) -> None:
         if isinstance(self.parts, str):
@@ -56,7 +58,7 @@ class WeightMethod(Method):
         """(full name, owner, attribute) of each linear layer that this method takes."""
         for part in self.parts:
             others = {id(module) for name, module in parts.items() if name != part}
-            for name, owner, attribute in linear_layers(parts[part], others):
+            for name, owner, attribute in linear_layers(parts[part], others, self.takes):
                 if attribute not in self.skip:
                     yield f"{part}.{name}", owner, attribute
 
@@ -71,6 +73,10 @@ class WeightMethod(Method):
     @abstractmethod
     def empty(self, linear: nn.Linear) -> nn.Module:
         """A layer of the same form as `convert` gives, without values: a checkpoint's tensors are read into it."""
+
+    def empty_for(self, name: str, linear: nn.Module) -> nn.Module:
+        """As `empty`, for methods that treat layers by their names."""
+        return self.empty(linear)
 
     def compress_(self, block: Block) -> None:
         """Replace the layers of one block (see `foveate.weights.calibrate`)."""
@@ -92,7 +98,7 @@ class WeightMethod(Method):
         """Put empty layers in place, in a model whose weights are still to be read."""
         for name, owner, attribute in self.targets(parts):
             self.check_layer(name, getattr(owner, attribute))
-            setattr(owner, attribute, self.empty(getattr(owner, attribute)))
+            setattr(owner, attribute, self.empty_for(name, getattr(owner, attribute)))
 
 
 @dataclass(frozen=True)
@@ -178,14 +184,18 @@ class Pruner(CalibratedMethod):
         return linear
 
 
-def linear_layers(root: nn.Module, stop: set[int] = frozenset()) -> Iterator[tuple[str, nn.Module, str]]:  # type: ignore[assignment]
-    """(name inside `root`, owner, attribute) of each plain linear layer; modules whose id is in `stop` are left out."""
+def linear_layers(
+    root: nn.Module,
+    stop: set[int] = frozenset(),  # type: ignore[assignment]
+    kinds: tuple[type, ...] = (nn.Linear,),
+) -> Iterator[tuple[str, nn.Module, str]]:
+    """(name in `root`, owner, attribute) of each layer of these kinds; modules with an id in `stop` are left out."""
 
     def walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module, str]]:
         for attribute, child in list(module.named_children()):
             if id(child) in stop:
                 continue
-            if type(child) is nn.Linear:
+            if type(child) in kinds:
                 yield prefix + attribute, module, attribute
             else:
                 yield from walk(child, f"{prefix}{attribute}.")

@@ -68,15 +68,16 @@ class Block:
     def calls(self) -> list[Call]:
         return self.stream.calls
 
-    def _layers(self) -> Iterator[tuple[str, nn.Module, str]]:
-        if type(self.module) is nn.Linear:
+    def _layers(self, kinds: tuple[type, ...] = (nn.Linear,)) -> Iterator[tuple[str, nn.Module, str]]:
+        if type(self.module) in kinds:
             yield "", self._owner, self._attribute
         else:
-            yield from linear_layers(self.module, self.stream.stop)
+            yield from linear_layers(self.module, self.stream.stop, kinds)
 
     def linears(self, method: WeightMethod) -> dict[str, nn.Linear]:
-        """The plain linear layers that `method` takes, by their name in the block."""
-        return {name: getattr(owner, leaf) for name, owner, leaf in self._layers() if leaf not in method.skip}
+        """The layers that `method` takes, by their name in the block."""
+        found = self._layers(method.takes)
+        return {name: getattr(owner, leaf) for name, owner, leaf in found if leaf not in method.skip}
 
     def full_name(self, name: str) -> str:
         """The layer's name for messages."""
@@ -322,7 +323,7 @@ class Stream:
         block = Block(self, index)
         for method in self.methods:
             for name, linear in block.linears(method).items():
-                block.replace(name, method.empty(linear))
+                block.replace(name, method.empty_for(block.full_name(name), linear))
         assert self.state is not None
         self.state.load_block(self.part, index, block.module)
 

@@ -1,8 +1,8 @@
 """Quantized layers in the `compressed-tensors` form: what plain transformers, vLLM and SGLang read.
 
 Written by hand, so nothing but safetensors is needed to write it. Symmetric integers of 4 or 8 bits in groups become
-`pack-quantized`, int8 layers with inputs per token `int-quantized`. Which layers are which is listed by name in
-config.json, and recipe.json stays beside it, so that `foveate.load` reads the same folder.
+`pack-quantized`, int8 layers with inputs per token `int-quantized`, fp8 layers `float-quantized`. Which layers are
+which is listed by name in config.json, and recipe.json stays beside it, so that `foveate.load` reads the same folder.
 
 Layout (compressed-tensors 0.20): X.weight_packed int32 [out, in * bits / 32], a little-endian stream of
 q + 2**(bits - 1); X.weight_scale [out, groups]; X.weight_shape int64 [2]; or X.weight int8 [out, in] and X.weight_scale
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import CheckpointError, UnsupportedError
-from foveate.weights.linear import Int8Linear, QuantizedLinear
+from foveate.weights.linear import Fp8Linear, Int8Linear, QuantizedLinear
+from foveate.weights.lowrank import LowRankLinear
+from foveate.weights.normal_float import NormalFloatLinear
 
 if TYPE_CHECKING:
     from foveate.vlm import VLM
@@ -35,11 +37,19 @@ def compressed_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, A
     state = dict(model.state_dict())
     schemes: dict[tuple[Any, ...], list[str]] = {}
     for name, module in model.named_modules():
+        if isinstance(module, (LowRankLinear, NormalFloatLinear)):
+            raise UnsupportedError(
+                f"{name}: {METHOD} holds no low-rank or NormalFloat parts; save as foveate, and write low-rank ones "
+                "for PEFT with foveate.weights.lowrank.save_adapter"
+            )
         if isinstance(module, QuantizedLinear):
             schemes.setdefault(_packed(name, module, state), []).append(name)
         elif isinstance(module, Int8Linear):
             state[f"{name}.weight_scale"] = state.pop(f"{name}.scale")
             schemes.setdefault(("int-quantized", 8, 0), []).append(name)
+        elif isinstance(module, Fp8Linear):
+            state[f"{name}.weight_scale"] = state.pop(f"{name}.scale")
+            schemes.setdefault(("float-quantized", 8, module.inputs), []).append(name)
     if not schemes:
         return state, None
     taken = {name for names in schemes.values() for name in names}
@@ -80,17 +90,20 @@ def _packed(name: str, layer: QuantizedLinear, state: dict[str, Tensor]) -> tupl
 
 def _group(scheme: tuple[Any, ...], names: list[str]) -> dict[str, Any]:
     kind, bits, group = scheme
+    number = "float" if kind == "float-quantized" else "int"
+    rounded = kind == "int-quantized" or (number == "float" and group)
+    group = 0 if number == "float" else group
     weights = {
         "num_bits": bits,
-        "type": "int",
+        "type": number,
         "symmetric": True,
         "strategy": "group" if group else "channel",
         "group_size": group or None,
         "dynamic": False,
     }
     inputs = None
-    if kind == "int-quantized":
-        inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+    if rounded:
+        inputs = {"num_bits": 8, "type": number, "symmetric": True, "strategy": "token", "dynamic": True}
     return {
         "targets": names,
         "weights": weights,

@@ -1,4 +1,5 @@
-"""Linear layers with cheaper weights: `QuantizedLinear` (packed integers in groups) and `Int8Linear` (int8 matmul)."""
+"""Linear layers with cheaper weights: `QuantizedLinear` (packed integers in groups), `Int8Linear` (int8 matmul) and
+`Fp8Linear` (8-bit floats)."""
 
 from __future__ import annotations
 
@@ -135,6 +136,45 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, int8, inputs in int8"
+
+
+FP8 = torch.float8_e4m3fn
+FP8_TOP = torch.finfo(FP8).max
+
+
+class Fp8Linear(nn.Module):
+    """y = x W^T + b with weights in e4m3, one scale per output; inputs: rounded to e4m3 too, one scale per token.
+
+    Buffers: weight [out, in] float8_e4m3fn; scale [out, 1] float32. The product is taken in the dtype of the input: the
+    layer is small, not fast.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, inputs: bool, device: object = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.inputs = in_features, out_features, inputs
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=FP8, device=device))
+        self.register_buffer("scale", torch.empty(out_features, 1, dtype=torch.float32, device=device))
+        empty = torch.empty(out_features, device=device)
+        self.bias = nn.Parameter(empty, requires_grad=False) if bias else None
+
+    @classmethod
+    def of(cls, linear: nn.Linear, inputs: bool) -> Fp8Linear:
+        """From a linear layer, whose bias it shares; the largest weight of each output is the largest of the format."""
+        weight = linear.weight.detach().float()
+        made = cls(linear.in_features, linear.out_features, False, inputs, device="meta")
+        made.scale = (weight.abs().amax(dim=1, keepdim=True) / FP8_TOP).clamp(min=torch.finfo(torch.float32).tiny)
+        made.weight = (weight / made.scale).clamp(-FP8_TOP, FP8_TOP).to(FP8)
+        made.bias = linear.bias
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.inputs:
+            scale = (x.abs().amax(dim=-1, keepdim=True) / FP8_TOP).clamp(min=torch.finfo(x.dtype).eps)
+            x = (x / scale).clamp(-FP8_TOP, FP8_TOP).to(FP8).to(x.dtype) * scale
+        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, fp8{', inputs in fp8' if self.inputs else ''}"
 
 
 def check_group(method: str, name: str, linear: nn.Linear, group: int) -> None:
