@@ -312,7 +312,7 @@ def load(
         adapter, recipe = _random(name, dtype, device, attn), Recipe()
     else:
         folder = _find(path)
-        kind = _family(folder)
+        kind = family_of(folder)
         recipe = Recipe.restore(folder, kind.family)
         prepare = recipe.prepare_ if recipe.of("weights") else None
         adapter = kind.load(folder, dtype=_dtype(dtype), device=device, attn=attn, prepare=prepare)
@@ -341,8 +341,8 @@ def _find(path: str | Path) -> Path:
     raise UnknownNameError(f"unknown model {name!r}{nearest(name, presets)}; or give a checkpoint's folder")
 
 
-def _family(folder: Path) -> type[Adapter]:
-    """The adapter class for the checkpoint in `folder`."""
+def family_of(folder: Path) -> type[Adapter]:
+    """The adapter class for the checkpoint in `folder`. Raises CheckpointError, or UnsupportedError if it has none."""
     config = folder / "config.json"
     if all((folder / part).is_dir() for part in ("llm", "vision_tower", "mm_projector")):
         return ADAPTERS.get("llava_llama")  # the three-folder layout, whatever its config calls itself

@@ -63,6 +63,11 @@ class Adapter(ABC):
 
     @classmethod
     @abstractmethod
+    def describe(cls, path: Path) -> tuple[Any, PreprocessSpec]:
+        """Config and preprocessing of the checkpoint in the folder `path`, without its weights."""
+
+    @classmethod
+    @abstractmethod
     def load(
         cls,
         path: Path,

@@ -38,6 +38,13 @@ def layout(plan: Plan) -> VisualLayout:
     return VisualLayout.join(parts)
 
 
+def view_sizes(media: MediaPlan, spec: PreprocessSpec) -> tuple[int, ...]:
+    """Visual tokens, without separators, of each view of a picture or unit of a clip that has any."""
+    columns = _columns(media, spec)
+    counts = torch.bincount(columns["view"][columns["kind"] != NEWLINE])
+    return tuple(counts[counts > 0].tolist())
+
+
 def _columns(media: MediaPlan, spec: PreprocessSpec) -> dict[str, Tensor]:
     """The tokens of one picture or clip: a column [num_tokens] int64 for each name in COLUMNS."""
     first = media.levels[0]

@@ -50,6 +50,7 @@ class LlavaAdapter(ViewsAdapter):
             patch_inputs=vision.num_channels * vision.patch_size**2,
             connector=((vision.hidden_size, width), (width, width)),
             cls=int(vision.model_type == "clip_vision_model"),
+            gathers="post_encoder" in cls.sites,
         )
 
     def embed_views(self, pixels: Tensor) -> Tensor:

@@ -33,6 +33,12 @@ class NvilaAdapter(Adapter):
     family = "nvila"
 
     @classmethod
+    def describe(cls, path: Path) -> tuple[Any, PreprocessSpec]:
+        from foveate.nvila.checkpoint import load_config
+
+        return load_config(path)
+
+    @classmethod
     def load(
         cls,
         path: Path,

@@ -221,7 +221,7 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
             vision.intermediate_size,
             mlp_matrices=3,
             full_layers=len(vision.fullatt_block_indexes),
-            window=(vision.window_size // vision.patch_size) ** 2,
+            window=vision.window_size // vision.patch_size,
         )
 
     @property

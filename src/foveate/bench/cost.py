@@ -28,10 +28,13 @@ from typing import TYPE_CHECKING, Any
 from foveate.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
+    from foveate.adapters.sizes import Sizes
     from foveate.data.plan import MediaPlan, Plan
     from foveate.data.spec import PreprocessSpec
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+CLIP = (1280, 720)
+"""(width, height) of a clip of which only the number of frames is known."""
 STAGES = ("tower", "connector", "selection", "prefill", "decode")
 
 
@@ -59,19 +62,41 @@ class ModelShape:
     mlp: int
     vocab: int
     tied: bool = False
+    sizes: Sizes | None = None
+    """What else a family of transformers says of its tower and connector; None: NVILA."""
+    sites: tuple[str, ...] = ()
+    """Where the family lets reducers act; empty: anywhere."""
 
     @classmethod
     def from_config(cls, config: Any, spec: PreprocessSpec) -> ModelShape:
-        """From an NvilaConfig and its preprocessing."""
-        vision, text = config.vision_config, config.text_config
+        """From a config of any family and its preprocessing."""
+        from foveate.adapters import ADAPTERS
+
+        text, kind = config.get_text_config(), ADAPTERS.get(config.model_type)
         heads = text.num_attention_heads
+        if hasattr(config, "num_vision_layers"):
+            vision, sizes = config.vision_config, None
+            tower: dict[str, Any] = {
+                "patch_inputs": getattr(vision, "num_channels", 3) * spec.patch_size**2,
+                "vision_layers": config.num_vision_layers,
+                "vision_width": vision.hidden_size,
+                "vision_mlp": vision.intermediate_size,
+                "connector": connector_linears(config.projector_type, config.mm_hidden, text.hidden_size),
+            }
+        else:
+            sizes = kind.sizes(config)
+            tower = {
+                "patch_inputs": sizes.patch_inputs,
+                "vision_layers": sizes.layers,
+                "vision_width": sizes.width,
+                "vision_mlp": sizes.mlp,
+                "connector": sizes.connector,
+            }
         return cls(
+            **tower,
+            sizes=sizes,
+            sites=kind.sites,
             patches=spec.side**2,
-            patch_inputs=getattr(vision, "num_channels", 3) * spec.patch_size**2,
-            vision_layers=config.num_vision_layers,
-            vision_width=vision.hidden_size,
-            vision_mlp=vision.intermediate_size,
-            connector=connector_linears(config.projector_type, config.mm_hidden, text.hidden_size),
             view_tokens=spec.token_side**2,
             layers=text.num_hidden_layers,
             width=text.hidden_size,
@@ -80,14 +105,23 @@ class ModelShape:
             head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
             mlp=text.intermediate_size,
             vocab=text.vocab_size,
-            tied=bool(getattr(text, "tie_word_embeddings", False)),
+            tied=bool(getattr(text, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False)),
         )
 
     @property
     def tower_params(self) -> int:
         """Matrix weights of the tower's layers that run."""
-        layer = 4 * self.vision_width**2 + 2 * self.vision_width * self.vision_mlp
-        return self.patch_inputs * self.vision_width + self.vision_layers * layer
+        return self.patch_inputs * self.vision_width + self.vision_layers * self.tower_layer_params
+
+    @property
+    def tower_layer_params(self) -> int:
+        """Matrix weights of one layer of the tower."""
+        return 4 * self.vision_width**2 + self.mlp_matrices * self.vision_width * self.vision_mlp
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of an MLP of the tower: 3 where it is gated."""
+        return self.sizes.mlp_matrices if self.sizes else 2
 
     @property
     def connector_params(self) -> int:
@@ -111,7 +145,7 @@ class ModelShape:
         queries, keys, n = self.heads * self.head_size, self.kv_heads * self.head_size, self.layers
         k = self.vision_layers
         return {
-            "vision_tower": [(v, v, 4 * k), (v, m, k), (m, v, k)],
+            "vision_tower": [(v, v, 4 * k), (v, m, (self.mlp_matrices - 1) * k), (m, v, k)],
             "mm_projector": [(inputs, outputs, 1) for inputs, outputs in self.connector],
             "llm": [(d, queries, n), (d, keys, 2 * n), (queries, d, n), (d, self.mlp, 2 * n), (self.mlp, d, n)],
         }
@@ -124,7 +158,7 @@ class Request:
     text: tokens that are no visual features (separators among them). visual: features before reduction; kept: after.
     groups: per picture or clip the sizes of its encoded views in tokens, which reducers share their budgets over.
     per_layer: visual tokens that each decoder layer sees, where that differs; kept is then what the last one sees.
-    new: answer tokens.
+    new: answer tokens. grids: (rows, columns) of patches of each view, where they differ from the model's usual ones.
     """
 
     views: int = 0
@@ -135,17 +169,20 @@ class Request:
     groups: tuple[tuple[int, ...], ...] = ()
     new: int = 1
     per_layer: tuple[int, ...] = ()
+    grids: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def from_plan(cls, plan: Plan, shape: ModelShape, *, new: int = 1) -> Request:
         """Counts of a plan, all visual tokens kept."""
-        media = [cls.of_media(item, shape) for item in plan.media]
+        media = [cls.of_media(item, shape, plan.spec) for item in plan.media]
         visual = sum(part.visual for part in media)
         return cls.join(media, text=plan.num_tokens - visual, new=new)
 
     @classmethod
-    def of_media(cls, media: MediaPlan, shape: ModelShape) -> Request:
+    def of_media(cls, media: MediaPlan, shape: ModelShape, spec: PreprocessSpec) -> Request:
         """Counts of one picture or clip; its separators are `text`."""
+        if shape.sizes is not None:
+            return cls._of_family(media, shape.sizes, spec)
         if media.kind == "video":
             groups = tuple(level.rows * level.cols for level in media.levels for _ in range(level.units))
             # Pooling over time comes after the connector, which therefore sees every frame of a clip.
@@ -156,6 +193,19 @@ class Request:
             groups = (shape.view_tokens,) * (rows // shape.view_tokens)
         visual = sum(groups)
         return cls(len(media.views), rows, media.num_tokens - visual, visual, visual, (groups,))
+
+    @classmethod
+    def _of_family(cls, media: MediaPlan, sizes: Sizes, spec: PreprocessSpec) -> Request:
+        from foveate.adapters.layouts import view_sizes
+
+        width, height = media.view_size
+        views = len(media.views) // (spec.temporal_patch if media.kind == "video" else 1)
+        rows, cols = height // spec.patch_size, width // spec.patch_size
+        groups = view_sizes(media, spec)
+        visual = sum(groups)
+        connected = visual if sizes.gathers else views * rows * cols // sizes.joined
+        grids = ((rows, cols),) * views
+        return cls(views, connected, media.num_tokens - visual, visual, visual, (groups,), grids=grids)
 
     @classmethod
     def join(cls, media: Sequence[Request], *, text: int, new: int = 1) -> Request:
@@ -169,6 +219,7 @@ class Request:
             kept=visual,
             groups=tuple(group for part in media for group in part.groups),
             new=new,
+            grids=tuple(grid for part in media for grid in part.grids),
         )
 
     @property
@@ -186,18 +237,43 @@ class Request:
 def flops(shape: ModelShape, request: Request, *, causal: bool = True, selection: float = 0.0) -> dict[str, float]:
     """FLOPs by stage; "decode" is one new token after the prompt. causal=False counts masked pairs too, as a kernel
     without skipping executes (and as torch's counter counts)."""
-    patches, width = shape.patches, shape.vision_width
-    tower_attention = shape.vision_layers * 4 * patches * patches * width
     attention, linear = 4 * shape.heads * shape.head_size, 2 * shape.layer_params
     lengths = [request.text + visual for visual in request.per_layer or (request.kept,) * shape.layers]
     pairs = sum(n * (n + 1) / 2 if causal else n * n for n in lengths)
     return {
-        "tower": float(request.views * (2 * shape.tower_params * patches + tower_attention)),
+        "tower": tower_flops(shape, request),
         "connector": float(2 * shape.connector_params * request.connector_rows),
         "selection": float(selection),
         "prefill": float(linear * sum(lengths) + attention * pairs + 2 * shape.head_params),
         "decode": float(linear * len(lengths) + attention * (sum(lengths) + len(lengths)) + 2 * shape.head_params),
     }
+
+
+def tower_flops(shape: ModelShape, request: Request) -> float:
+    """FLOPs of the tower: patch embedding, the linear layers of every row, CLS among them, and attention by view."""
+    cls = shape.sizes.cls if shape.sizes else 0
+    patches = [rows * cols for rows, cols in request.grids] or [shape.patches] * request.views
+    rows = sum(patches) + cls * len(patches)
+    work = 2 * shape.patch_inputs * shape.vision_width * sum(patches)
+    work += 2 * shape.vision_layers * shape.tower_layer_params * rows
+    return float(work + 4 * shape.vision_width * attended(shape, request))
+
+
+def attended(shape: ModelShape, request: Request) -> int:
+    """Pairs of rows that attend to each other, over all layers and views of the tower."""
+    sizes = shape.sizes
+    cls = sizes.cls if sizes else 0
+    whole = sum((rows * cols + cls) ** 2 for rows, cols in request.grids) or request.views * (shape.patches + cls) ** 2
+    if sizes is None or not sizes.window:
+        return shape.vision_layers * whole
+    edge = sizes.window
+    windows = sum(_squares(rows, edge) * _squares(cols, edge) for rows, cols in request.grids)
+    return sizes.full_layers * whole + (sizes.layers - sizes.full_layers) * windows
+
+
+def _squares(length: int, edge: int) -> int:
+    """Sum of the squared lengths of the pieces that a side of `length` is cut into, `edge` each but the last."""
+    return length // edge * edge**2 + (length % edge) ** 2
 
 
 def weights(shape: ModelShape, dtype: str = "bfloat16", methods: Sequence[Any] = ()) -> dict[str, float]:
@@ -272,8 +348,11 @@ def request_of_sizes(
     """The counts of a request of pictures of these (width, height), or of one clip of `frames` frames, without pixels.
 
     text: tokens of the prompt's text; the separators of the media are added. Sizes follow the same geometry as
-    `foveate.data.plan`, each separator counted as one token.
+    `foveate.data.plan`, each separator, and each mark or word around views, counted as one token. A clip is taken to
+    be `CLIP` pixels large where that matters.
     """
+    if spec.family:
+        return _family_request(spec, shape, images, frames, text, new)
     from foveate.data.tiling import image_layout
 
     parts: list[Request] = []
@@ -294,6 +373,30 @@ def request_of_sizes(
         )
         visual = sum(groups)
         parts.append(Request(frames, frames * shape.view_tokens, len(groups), visual, visual, (groups,)))
+    return Request.join(parts, text=text + sum(part.text for part in parts), new=new)
+
+
+def _family_request(
+    spec: PreprocessSpec,
+    shape: ModelShape,
+    images: Sequence[tuple[int, int]],
+    frames: int | None,
+    text: int,
+    new: int,
+) -> Request:
+    from foveate.data.plan import family_clip, family_image
+    from foveate.data.video import VideoInfo
+
+    for width, height in images:
+        _check_size(width, height, spec)
+    media = [family_image(size, spec, len(images) == 1) for size in images]
+    if frames:
+        media.append(family_clip(VideoInfo(CLIP, frames, 0.0), spec, frames))
+    for item in media:
+        around = item.marker.replace(spec.image_token, "")
+        around = around.replace(spec.video_token, "") if spec.video_token else around
+        text += len(re.findall(r"<[^<>\s]*>|\n+|[^\s<>]+", around))
+    parts = [Request.of_media(item, shape, spec) for item in media]
     return Request.join(parts, text=text + sum(part.text for part in parts), new=new)
 
 
@@ -433,7 +536,8 @@ class Effect:
         `apply` returns it.
         """
         needed = any("received_attention" in need for reducer in self.reducers for need in reducer.signals)
-        tower = request.views * 2 * shape.patches**2 * shape.vision_width if needed else 0.0
+        layer = attended(shape, request) / max(1, shape.vision_layers)
+        tower = 2 * shape.vision_width * layer if needed else 0.0
         layers = request.per_layer or (request.kept,) * shape.layers
         from foveate.adapters.shape import steps_of
 
@@ -444,7 +548,10 @@ class Effect:
 def _site_shape(shape: ModelShape) -> Any:
     from foveate.adapters.shape import Shape
 
-    return Shape(shape.vision_layers, shape.layers, text_heads=shape.heads)
+    more: dict[str, Any] = {"sites": shape.sites} if shape.sites else {}
+    if shape.sizes is not None:
+        more |= {"cls": bool(shape.sizes.cls), "heads": shape.sizes.heads}
+    return Shape(shape.vision_layers, shape.layers, text_heads=shape.heads, **more)
 
 
 def _row_flops(shape: ModelShape, step: Any, text: int, visual: int) -> float:

@@ -77,18 +77,24 @@ def shape_of(model: str) -> tuple[ModelShape, PreprocessSpec, int, Recipe]:
     from foveate.recipe import Recipe
 
     if Path(model).is_dir():
-        from foveate.adapters import ADAPTERS
-        from foveate.nvila.checkpoint import load_config
+        from foveate.vlm import family_of
 
-        config, spec = load_config(Path(model))
-        recipe = Recipe.restore(Path(model), ADAPTERS.get(config.model_type).family)
+        kind = family_of(Path(model))
+        config, spec = kind.describe(Path(model))
+        recipe = Recipe.restore(Path(model), kind.family)
     else:
+        from foveate.adapters import presets
         from foveate.nvila.presets import PRESETS
 
-        if model not in PRESETS:
-            raise UnknownNameError(f"unknown model {model!r}: no such folder; presets: {', '.join(PRESETS.names())}")
-        config = PRESETS.get(model).config()
-        spec, recipe = config.spec, Recipe()
+        recipe = Recipe()
+        if model in presets.PRESETS:
+            _, config, spec = presets.describe(model)
+        elif model in PRESETS:
+            config = PRESETS.get(model).config()
+            spec = config.spec
+        else:
+            known = sorted([*PRESETS.names(), *presets.PRESETS.names()])
+            raise UnknownNameError(f"unknown model {model!r}: no such folder; presets: {', '.join(known)}")
     context = int(config.get_text_config().max_position_embeddings)
     return ModelShape.from_config(config, spec), spec, context, recipe
 

@@ -308,12 +308,25 @@ def _image_form(width: int, height: int, spec: PreprocessSpec, tiled: bool, end:
 def _plan_family(source: Media, spec: PreprocessSpec, alone: bool, num_frames: int | None) -> MediaPlan:
     """The plan of a picture or clip for a family of transformers."""
     if isinstance(source, ImageSource):
-        size = image_size(source, spec)
-        fit = fit_image(*size, spec, alone)
-        return _family_media(source, size, fit, fit.views, *image_text(spec, fit))
+        return family_image(image_size(source, spec), spec, alone, source)
     if num_frames is not None and num_frames < 1:
         raise InputError(f"{source.name}: num_frames is {num_frames}; it must be 1 or more")
-    info = probe_video(source, spec)
+    return family_clip(probe_video(source, spec), spec, num_frames, source)
+
+
+def family_image(
+    size: tuple[int, int], spec: PreprocessSpec, alone: bool = True, source: ImageSource | None = None
+) -> MediaPlan:
+    """The plan of any picture of this (width, height), for a family of transformers. alone: it is the only one."""
+    fit = fit_image(*size, spec, alone)
+    return _family_media(source or ImageSource(None, "a picture"), size, fit, fit.views, *image_text(spec, fit))
+
+
+def family_clip(
+    info: VideoInfo, spec: PreprocessSpec, num_frames: int | None = None, source: VideoSource | None = None
+) -> MediaPlan:
+    """The plan of any clip of which this is known, for a family of transformers."""
+    source = source or VideoSource(None, "a clip")
     frames = pick_frames(info, spec, num_frames, source.name)
     distinct = len(frames) - (len(frames) > 1 and frames[-1] == frames[-2])
     fit = fit_clip(*info.size, distinct, spec)

@@ -1,0 +1,77 @@
+"""Costs of every family of transformers: FLOPs equal torch's counter, counts without pixels equal those of the plan."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from families import FAMILIES, PRESETS, clip, picture
+from foveate.adapters.presets import build
+from foveate.bench.cost import ModelShape, flops, request_of_sizes
+from foveate.bench.cost import Request as Counts
+from foveate.cli import main
+from foveate.vlm import VLM, Request
+from plain_hf import CASES, MIXES
+
+
+@pytest.fixture(scope="module")
+def slow_attention() -> dict[str, VLM]:
+    """Models whose attention torch can count: it has no count for its fused kernel on a CPU."""
+    return {family: VLM(build(PRESETS[family], attn="eager"), family) for family in FAMILIES}
+
+
+def counted(call: Any) -> int:
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("family", "mix"), [c for c in CASES if c[1] != "text"])
+def test_flops_of_every_stage_equal_torchs_counter(slow_attention: dict[str, VLM], family: str, mix: str):
+    vlm = slow_attention[family]
+    adapter = vlm.adapter
+    plan = vlm.plan(Request("What is it?", MIXES[mix]).to_messages())
+    inputs, shape = vlm.prepare(plan), ModelShape.from_config(vlm.model.config, vlm.spec)
+    request = Counts.from_plan(plan, shape)
+    found = flops(shape, request, causal=False)
+    encode = counted(lambda: adapter.encode([inputs], [plan]))
+    assert found["tower"] + found["connector"] == pytest.approx(encode, rel=0.02)
+    assert request.prompt == plan.num_tokens
+    embeds, cache = torch.zeros(1, request.prompt, shape.width), DynamicCache(config=vlm.model.config)
+    places = torch.arange(request.prompt)[None]
+    prefill = counted(lambda: adapter.forward(inputs_embeds=embeds, position_ids=places, past_key_values=cache))
+    assert found["prefill"] == pytest.approx(prefill, rel=0.02)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("sizes", [[(60, 40)], [(24, 90)], [(60, 40), (30, 30)]])
+def test_counts_without_pixels_equal_those_of_the_plan(slow_attention: dict[str, VLM], family: str, sizes: Any):
+    vlm = slow_attention[family]
+    shape = ModelShape.from_config(vlm.model.config, vlm.spec)
+    pictures = [picture(0, *size) for size in sizes]
+    real = Counts.from_plan(vlm.plan(Request("?", pictures).to_messages()), shape)
+    counts = request_of_sizes(vlm.spec, shape, images=sizes, text=1)
+    assert replace(counts, text=0) == replace(real, text=0)
+    assert counts.text < real.text  # the chat template's own tokens are not counted
+
+
+def test_groups_are_those_of_the_layout(slow_attention: dict[str, VLM]):
+    for family, vlm in slow_attention.items():
+        plan = vlm.plan(Request("?", [picture(), *([clip()] if vlm.adapter.takes_clips else [])]).to_messages())
+        request = Counts.from_plan(plan, ModelShape.from_config(vlm.model.config, vlm.spec))
+        assert [list(group) for group in request.groups] == vlm.adapter.layout(plan).features().sizes(), family
+
+
+def test_plan_knows_presets_and_folders(slow_attention: dict[str, VLM], tmp_path: Any, capsys: Any):
+    slow_attention["qwen2_5_vl"].save(tmp_path / "model")
+    for model, visual in (("llava-1.5-7b", 576), ("qwen2.5-vl-7b", 391), (tmp_path / "model", 30)):
+        assert main(["plan", str(model), "--image", "640x480", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["tokens"]["visual"] == visual
+    assert main(["plan", "llava-1.6"]) == 2
+    assert "presets: internvl2.5-1b, llava-1.5-7b" in capsys.readouterr().err
