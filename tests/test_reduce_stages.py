@@ -16,6 +16,7 @@ from foveate.reduce.flowcut import FlowCut, leaving
 from foveate.reduce.framefusion import FrameFusion, Progress, merge_call, prune_call, remaining
 from foveate.reduce.holitom import HoliTom
 from foveate.reduce.prunevid import PruneVid
+from foveate.reduce.quota import Quota, score_frames
 from foveate.reduce.tome import ToMe
 from foveate.runtime import Clock, open_batch
 from foveate.vlm import Request
@@ -199,3 +200,13 @@ def test_attending_to_all_while_decoding_changes_nothing():
 def test_parameters_of_later_stages_are_refused_out_of_range(make_method, says):
     with pytest.raises(RecipeError, match=says):
         make_method()
+
+
+def test_frames_are_scored_by_asking_the_model_about_each():
+    vlm = tiny("qwen2_5_vl")
+    frames = [picture(seed) for seed in range(3)]
+    scores = score_frames(vlm, frames, "what is shown?")
+    assert len(scores) == 3 == len(set(scores)) and all(0 < score < 1 for score in scores)
+    assert score_frames(vlm, frames[::-1], "what is shown?") == pytest.approx(scores[::-1])
+    assert score_frames(vlm, frames, "how many are there?") != scores
+    Quota(keep=0.5, scores=scores)  # they are what the method takes

@@ -136,24 +136,19 @@ class FlowCut(Scorer):
         return Reduction(top_k(score.cpu(), self.count_inside(len(layout))))
 
     def score(self, signals: dict[str, Tensor], layout: VisualLayout) -> Tensor:
-        known = [block for block in range(-LAST, 0) if f"values@{block}" in signals]
-        total = torch.zeros(len(layout))
-        for number, view in enumerate(layout.groups("view")):
-            before = None
-            for block in known:
-                before = cumulated(before, self._block(signals, layout, block, number, view))
-            total[view] = before.cpu()
-        return total
-
-    def _block(self, signals: dict[str, Tensor], layout: VisualLayout, block: int, number: int, view: Tensor) -> Tensor:
-        """Score [n] of the tokens `view` of the number-th view in one block."""
-        attention, cls_value, values = (given(signals, need) for need in needs(block))
-        heads = attention.shape[1]
-        values = split_heads(values[view], heads)  # [n, H, d]
-        shown, norm = attention[view].mean(dim=1), values.mean(dim=1).abs().sum(dim=-1)
-        if f"cls_value@{block}" not in signals:
-            return shown * norm
-        return flow(shown, semantic_attention(split_heads(per_view(cls_value, layout)[number], heads), values), norm)
+        views, total = layout.groups("view"), None
+        for block in (block for block in range(-LAST, 0) if f"values@{block}" in signals):
+            attention, cls_value, values = (given(signals, need) for need in needs(block))
+            heads = attention.shape[1]
+            values = split_heads(values, heads)  # [N, H, d]
+            shown, norm = attention.mean(dim=1), values.mean(dim=1).abs().sum(dim=-1)
+            score = shown * norm
+            if f"cls_value@{block}" in signals:
+                of_cls = split_heads(per_view(cls_value, layout), heads)
+                for own, view in zip(of_cls, views):
+                    score[view] = flow(shown[view], semantic_attention(own, values[view]), norm[view])
+            total = cumulated(total, score)
+        return torch.zeros(len(layout)) if total is None else total
 
 
 def flow(attention: Tensor, semantic: Tensor, norm: Tensor) -> Tensor:
