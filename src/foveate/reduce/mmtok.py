@@ -35,8 +35,8 @@ _STOP = frozenset(
     re.findall(
         r"\w+",
         "a an the is am are was were be been being do does did have has had having i you he she it we they me him her "
-        "us them my your his its our their what which who whom whose when where why how and or but if because as until while "
-        "question answer to for with by from at into onto upon",
+        "us them my your his its our their what which who whom whose when where why how and or but if because as until "
+        "while question answer to for with by from at into onto upon",
     )
 )
 
