@@ -98,7 +98,8 @@ def test_a_method_is_the_same_attached_asked_for_and_in_a_recipe(tiny):
     with method.attach(tiny):
         attached = tiny.ask(PICTURE, "what?", max_new_tokens=3)
     small = foveate.Recipe.parse("fastv(keep=0.25, layer=2)").apply(tiny, quiet=True)
-    for answer in (attached, small.ask(PICTURE, "what?", max_new_tokens=3)):
+    asked = tiny.ask(PICTURE, "what?", reduce=small.recipe, max_new_tokens=3)
+    for answer in (attached, asked, small.ask(PICTURE, "what?", max_new_tokens=3)):
         assert (answer.ids, answer.kept, answer.tokens) == (expected.ids, expected.kept, expected.tokens)
     assert tiny.ask(PICTURE, "what?", max_new_tokens=3).kept is None
 

@@ -38,14 +38,14 @@ class Request:
     """One question about media. Give `messages` (OpenAI style), or `media` and `text`.
 
     media: a picture or clip, or a list of them (paths, PIL images, arrays, foveate.data sources).
-    reduce: a Reducer, its text, or "none"; None takes what is attached, or else the model's recipe.
+    reduce: a Reducer, a Recipe of them, its text, or "none"; None takes what is attached, or else the model's recipe.
     """
 
     text: str = ""
     media: Any = None
     messages: list[dict[str, Any]] | None = None
     num_frames: int | None = None
-    reduce: Method | str | None = None
+    reduce: Method | Recipe | str | None = None
 
     def to_messages(self) -> list[dict[str, Any]]:
         """The messages; media first, then the text."""
@@ -138,7 +138,7 @@ class VLM:
         text: str,
         *,
         max_new_tokens: int = 256,
-        reduce: Method | str | None = None,
+        reduce: Method | Recipe | str | None = None,
         on_text: Callable[[str], None] | None = None,
         num_frames: int | None = None,
         temperature: float = 0.0,
@@ -245,14 +245,15 @@ class VLM:
 
     # ---- methods
 
-    def reducers(self, asked: Method | str | None = None) -> tuple[Any, ...]:
+    def reducers(self, asked: Method | Recipe | str | None = None) -> tuple[Any, ...]:
         """The reducers of a request: those asked for, or else attached ones, or else the recipe's; checked."""
         if asked is None:
             found = attached(self, "reduce") or self.recipe.of("reduce")
         else:
             from foveate.recipe import Recipe
 
-            found = tuple(Recipe.parse(asked)) if isinstance(asked, str) else (asked,)
+            asked = Recipe.parse(asked) if isinstance(asked, str) else asked
+            found = tuple(asked) if isinstance(asked, Recipe) else (asked,)
             wrong = next((method for method in found if method.socket != "reduce"), None)
             if wrong:
                 raise RecipeError(f"{wrong.name} is a {wrong.socket} method; reduce= takes token reductions only")
