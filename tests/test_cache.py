@@ -546,3 +546,101 @@ def test_what_was_forgotten_cannot_be_rolled_back():
 def test_alisa_without_queries_says_so():
     with pytest.raises(UnsupportedError, match="make"):
         method("alisa").layer(0).update(*torch.randn(2, 1, 2, 4, 8))
+
+
+# ---- prompts in two passes
+
+
+@pytest.mark.parametrize("text", PACKED[:5] + EVICTING)
+@torch.no_grad()
+def test_a_prompt_in_two_passes_is_the_row_alone(text):
+    """The second pass has several tokens that see the first ones through the cache, as in a dialogue."""
+    model = decoder()
+    ids, mask = prompt(pads=(13, 0, 2))
+
+    def second(ids, mask):
+        cache = cache_of(model, method(text))
+        positions = _positions(mask)
+        model(input_ids=ids[:, :20], attention_mask=mask[:, :20], position_ids=positions[:, :20], past_key_values=cache)
+        out = model(input_ids=ids[:, 20:], attention_mask=mask, position_ids=positions[:, 20:], past_key_values=cache)
+        return torch.cat([out.logits, _next(model, cache, mask, positions)], dim=1)
+
+    together = second(ids, mask)
+    for row in range(3):
+        own = ids[row : row + 1]
+        alone = cache_of(model, method(text))
+        pads = int((mask[row] == 0).sum())
+        positions = torch.arange(30 - pads)[None]
+        model(input_ids=own[:, pads:20], position_ids=positions[:, : 20 - pads], past_key_values=alone)
+        out = model(input_ids=own[:, 20:], position_ids=positions[:, 20 - pads :], past_key_values=alone).logits
+        after = _next(model, alone, torch.ones(1, 30 - pads, dtype=torch.long), positions)
+        torch.testing.assert_close(together[row], torch.cat([out, after], 1)[0], atol=2e-4, rtol=1e-4)
+
+
+def _next(model, cache, mask, positions):
+    seen = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+    token = torch.full((len(mask), 1), 5)
+    return model(input_ids=token, attention_mask=seen, position_ids=positions[:, -1:] + 1, past_key_values=cache).logits
+
+
+@torch.no_grad()
+def test_sink_in_two_passes_against_a_mask():
+    model = decoder()
+    ids, mask = prompt(pads=(4, 0))
+    positions = _positions(mask)
+    cache, dense = cache_of(model, method("sink(first=2, window=5)")), DynamicCache(config=model.config)
+    for held in (cache, dense):
+        model(input_ids=ids[:, :20], attention_mask=mask[:, :20], position_ids=positions[:, :20], past_key_values=held)
+    found = model(input_ids=ids[:, 20:], attention_mask=mask, position_ids=positions[:, 20:], past_key_values=cache)
+    rank, count = mask[:, :20].cumsum(1) - 1, mask[:, :20].sum(1, keepdim=True)
+    past = mask[:, :20].bool() & ((rank < 2) | (rank >= count - 5))
+    inner = torch.ones(10, 10, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    allowed = torch.cat([past[:, None, None].expand(-1, 1, 10, -1), inner], dim=-1)
+    wanted = model(input_ids=ids[:, 20:], attention_mask=allowed, position_ids=positions[:, 20:], past_key_values=dense)
+    torch.testing.assert_close(found.logits, wanted.logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_alisa_in_two_passes_against_a_mask():
+    """Which columns each head has kept is read from the layer; what they do is checked against the dense cache."""
+    model = decoder()
+    ids, mask = prompt(pads=(0, 0))
+    positions = _positions(mask)
+    cache, dense = cache_of(model, method("alisa(keep=8, cold=int8)")), DynamicCache(config=model.config)
+    for held in (cache, dense):
+        model(input_ids=ids[:, :20], position_ids=positions[:, :20], past_key_values=held)
+    layer = cache.layers[0]
+    kept = torch.zeros(2, 2, 20, dtype=torch.bool).scatter(2, layer.column.long(), True).repeat_interleave(2, dim=1)
+    wanted_keys = dense.layers[0].keys.gather(2, layer.column.long()[..., None].expand(-1, -1, -1, 8))
+    assert torch.equal(layer.keys, wanted_keys)
+    attention = model.model.layers[0].self_attn
+    hidden = torch.randn(2, 10, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rotary = model.model.rotary_emb(hidden, positions[:, 20:])
+    inner = torch.ones(10, 10, dtype=torch.bool).tril().expand(2, 4, -1, -1)
+    allowed = torch.cat([kept[:, :, None].expand(-1, -1, 10, -1), inner], dim=-1)
+    expected = attention(
+        hidden_states=hidden, position_embeddings=rotary, attention_mask=allowed, past_key_values=dense
+    )
+    found = attention(hidden_states=hidden, position_embeddings=rotary, attention_mask=None, past_key_values=cache)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-6, rtol=1e-6)
+
+
+def test_rotary_positions_of_three_axes(monkeypatch):
+    """Qwen2.5-VL turns keys by time, row and column; every value is an outlier, so turning is all that happens."""
+    from families import picture
+    from families import tiny as family
+
+    vlm = family("qwen2_5_vl")
+    request = Request("what is it?", picture())
+    dense = vlm.respond(request, 6).ids
+    steps_of_dense, steps_of_ours = [], []
+    forward = vlm.adapter.forward
+    for cache, found in ((None, steps_of_dense), ("kvquant(bits=4, outliers=1.0)", steps_of_ours)):
+        monkeypatch.setattr(vlm.adapter, "forward", lambda _into=found, **kw: _into.append(forward(**kw)) or _into[-1])
+        if cache is None:
+            vlm.respond(request, 6)
+        else:
+            with method(cache).attach(vlm):
+                assert vlm.respond(request, 6).ids == dense
+    for ours, theirs in zip(steps_of_ours, steps_of_dense, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

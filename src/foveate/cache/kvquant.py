@@ -6,7 +6,7 @@ outlier masks and dequantized values `foveate.cache.nuq` gives for given levels.
   when read. The angles are held once for all layers (`foveate.cache.rotations`).
 - Bounds and levels come from a file (`foveate.cache.kvquant_levels.calibrate`) or, without one, from each request's own
   prompt. The official code knows the first way only.
-- k-means runs on a histogram from two fixed starts, so it is the same on every machine.
+- k-means runs on a histogram from a start that is found exactly, so chance has no part in it.
 - Outliers are stored in the dtype of the cache, the tokens of `exact` as outliers. `cap` bounds the outliers of a
   token's keys by distance, where the official code has fixed numbers for one model.
 """

@@ -12,6 +12,8 @@ from torch import Tensor
 
 BINS = 4096
 """Bins of the histogram that k-means runs on."""
+COARSE = 256
+"""Bins of the histogram that its start is found on."""
 
 
 def quantile(values: Tensor, q: float) -> Tensor:
@@ -120,9 +122,9 @@ def match_moments(states: Tensor, outliers: Tensor, scale: Tensor, shift: Tensor
 
 
 def kmeans(values: Tensor, count: int, weights: Tensor | None = None, rounds: int = 100) -> Tensor:
-    """`count` centres [count], ascending, of values [N] in one dimension, by Lloyd's rounds on a fine histogram.
+    """`count` centres [count], ascending, of values [N] in one dimension.
 
-    Two starts, evenly spaced in probability and in value; the better result stays. Without values: NormalFloat-like
+    Lloyd's rounds on a fine histogram, from the best centres on a coarse one, which are found exactly. Without values:
     evenly spaced centres in -1 .. 1.
     """
     if not values.numel():
@@ -135,26 +137,44 @@ def kmeans(values: Tensor, count: int, weights: Tensor | None = None, rounds: in
     zeros = torch.zeros(BINS, dtype=torch.float64, device=values.device)
     mass = zeros.index_add(0, place, weights.double())
     moment = zeros.index_add(0, place, (weights * values).double())
+    if not bool(mass.any()):
+        return kmeans(values, count)
+    centres = _coarse_centres(mass, moment, float(low), float(high), count)
     seen = mass > 0
     mass, moment = mass[seen], moment[seen]
-    if not len(mass):
-        return kmeans(values, count)
     middle = moment / mass
-    spread = (torch.arange(count, dtype=torch.float64, device=values.device) + 0.5) / count
-    share = mass.cumsum(0) / mass.sum()
-    starts = middle[torch.searchsorted(share, spread).clamp(max=len(middle) - 1)], low + (high - low) * spread
-    best, least = starts[0], math.inf
-    for centres in starts:
-        centres = centres.double().clone()
-        for _ in range(rounds):
-            near = torch.bucketize(middle, (centres[1:] + centres[:-1]) / 2)
-            total = torch.zeros_like(centres).index_add(0, near, mass)
-            summed = torch.zeros_like(centres).index_add(0, near, moment)
-            moved = torch.where(total > 0, summed / total.clamp(min=1e-300), centres)
-            if torch.equal(moved, centres):
-                break
-            centres = moved
-        error = float((mass * (middle - centres[torch.bucketize(middle, (centres[1:] + centres[:-1]) / 2)]) ** 2).sum())
-        if error < least:
-            best, least = centres, error
-    return best.sort().values.to(values.dtype)
+    for _ in range(rounds):
+        near = torch.bucketize(middle, (centres[1:] + centres[:-1]) / 2)
+        total = torch.zeros_like(centres).index_add(0, near, mass)
+        summed = torch.zeros_like(centres).index_add(0, near, moment)
+        moved = torch.where(total > 0, summed / total.clamp(min=1e-300), centres)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres.sort().values.to(values.dtype)
+
+
+def _coarse_centres(mass: Tensor, moment: Tensor, low: float, high: float, count: int) -> Tensor:
+    """The best `count` centres [count] float64 when whole coarse bins share one, by dynamic programming over their
+    edges. A bin's own spread is that of its fine bins."""
+    width = (high - low) / BINS
+    middle = torch.where(mass > 0, moment / mass.clamp(min=1e-300), low + width * (torch.arange(BINS).to(mass) + 0.5))
+    sums = [x.view(COARSE, -1).sum(dim=1).cumsum(0) for x in (mass, moment, mass * middle**2)]
+    m, s, q = (torch.cat([x.new_zeros(1), x]) for x in sums)
+    weight, first, second = (x[None] - x[:, None] for x in (m, s, q))  # [from, to] over coarse edges
+    cost = torch.where(weight > 0, second - first**2 / weight.clamp(min=1e-300), 0.0)
+    edge = torch.arange(COARSE + 1, device=mass.device)
+    cost = cost.masked_fill(edge[None] < edge[:, None], math.inf)
+    best, cuts = cost[0], []
+    for _ in range(count - 1):
+        best, cut = (best[:, None] + cost).min(dim=0)
+        cuts.append(cut)
+    edges = [COARSE]
+    for cut in reversed(cuts):
+        edges.append(int(cut[edges[-1]]))
+    edges.append(0)
+    out = []
+    for start, end in zip(reversed(edges[1:]), reversed(edges[:-1])):
+        inside = float(weight[start, end])
+        out.append(float(first[start, end]) / inside if inside > 0 else low + (high - low) * (start + end) / 2 / COARSE)
+    return torch.tensor(out, dtype=torch.float64, device=mass.device)
