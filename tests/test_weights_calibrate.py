@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import families
 import foveate
+from families import FAMILIES
 from foveate.errors import CheckpointError, InputError, RecipeError, UnsupportedError
 from foveate.recipe import Recipe
 from foveate.vlm import VLM, Request
@@ -17,6 +19,7 @@ from foveate.weights import calibrate
 from foveate.weights.base import linear_layers
 from foveate.weights.calibrate import Stream, record_calls
 from foveate.weights.linear import Int8Linear, QuantizedLinear
+from foveate.weights.mbq import sensitivity
 from foveate.weights.samples import ANSWER, VISION, draw_examples, token_weights
 from foveate.weights.solve import inverse_factor, sparsegpt
 from foveate.weights.statistics import Statistics
@@ -125,6 +128,22 @@ def test_zeros_stay_under_a_quantizer(tiny):
                 assert float((layer.weight == 0).float().mean()) > 0.45
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_every_part(family):
+    """Eight bits change little, wherever they are; every linear layer of the parts is taken."""
+    vlm = families.tiny(family)
+    request = Request("what?", families.picture())
+    dense = vlm.logits(request)
+    everywhere = "parts=[vision_tower, mm_projector, llm], samples=2"
+    for text, bound in ((f"smoothquant({everywhere})", 0.1), (f"gptq(bits=8, group=0, {everywhere})", 0.1)):
+        small = apply(vlm, text)
+        change = float((small.logits(request) - dense).norm() / dense.norm())
+        assert 0 < change < bound, text
+        left = [name for part in small.adapter.parts().values() for name, _, _ in linear_layers(part)]
+        assert [name for name in left if name != "lm_head"] == []
+    assert float((apply(vlm, "mbq(bits=8, group=0, samples=2)").logits(request) - dense).norm() / dense.norm()) < 0.1
+
+
 def test_the_deployment_recipe_of_nvila(tiny):
     small = apply(tiny, "smoothquant(parts=[vision_tower], samples=2) + awq(bits=4, group=16, samples=2)")
     parts = small.adapter.parts()
@@ -172,8 +191,11 @@ def test_the_int8_layer_multiplies_integers():
 # ---- streams
 
 
-def test_blocks_replay_the_models_own_forward(tiny):
-    """Running the blocks one after the other on recorded arguments gives the states that the model itself computes."""
+@pytest.mark.parametrize("family", [*FAMILIES, "nvila"])
+def test_blocks_replay_the_models_own_forward(family):
+    """Running the blocks one after the other on recorded arguments gives the states that the model itself computes,
+    with what a family adds between its blocks (Qwen3-VL's deep features)."""
+    tiny = families.tiny(family)
     examples = draw_examples(tiny, "auto", 2, 64, 1)
     layers = list(tiny.adapter.layers)
     calls, hidden = record_calls(tiny.adapter, "llm", layers, examples, True)
@@ -186,12 +208,48 @@ def test_blocks_replay_the_models_own_forward(tiny):
                 calibrate.feed(tiny.adapter, example)
             for number, call in enumerate(calls):
                 state = hidden[number]
-                for layer, (args, kwargs) in zip(layers, call.arguments):
-                    state = layer(state, *args, **kwargs)
+                for index, (layer, (args, kwargs)) in enumerate(zip(layers, call.arguments)):
+                    state = layer(state + call.added.get(index, 0), *args, **kwargs)
+                assert bool(call.added) == (family == "qwen3_vl")
                 torch.testing.assert_close(state, seen[number], rtol=1e-5, atol=1e-6)
     finally:
         handle.remove()
     assert int((calls[0].modality == VISION).sum()) > 0 and int((calls[0].modality == ANSWER).sum()) > 0
+
+
+def test_gradients_block_by_block_are_those_of_the_whole_model(tiny):
+    """MBQ's ratios, against one backward pass through the whole language model with hooks on the same outputs."""
+    examples = draw_examples(tiny, "auto", 2, 64, 2)
+    stream = Stream(tiny, "llm", [Recipe.parse("mbq(group=16)").methods[0]], examples, None)
+    stream.start()
+    found = sensitivity(stream)
+    layers = list(tiny.adapter.layers)
+    sums = torch.zeros(len(layers), 2, 2, dtype=torch.float64)
+    for number, call in enumerate(stream.calls):
+        outputs, handles = {}, []
+        for index, layer in enumerate(layers):
+            for which, module in enumerate((layer.self_attn.o_proj, layer.mlp.down_proj)):
+                key = (index, which)
+                handles.append(module.register_forward_hook(lambda m, a, out, k=key: outputs.__setitem__(k, out)))
+        with torch.enable_grad():
+            state = stream.hidden(number).clone().requires_grad_()
+            for layer, (args, kwargs) in zip(layers, call.arguments):
+                state = layer(state, *args, **kwargs)
+            logits = tiny.adapter.head(state)[0]
+            ids = torch.tensor(examples[number].plan.input_ids)
+            wanted = (call.modality == ANSWER).nonzero()[:, 0]
+            loss = torch.nn.functional.cross_entropy(logits[wanted - 1], ids[wanted])
+            gradients = torch.autograd.grad(loss, list(outputs.values()))
+        for handle in handles:
+            handle.remove()
+        for (index, which), gradient in zip(outputs, gradients):
+            rows = gradient[0].abs().double().mean(dim=-1)
+            for place, token in enumerate((VISION, ANSWER)):
+                sums[index, which, place] += rows[call.modality == token].mean()
+    expected = (sums[..., 0] / sums[..., 1]).tolist()
+    assert [list(pair) for pair in found] == [pytest.approx(pair, rel=1e-4) for pair in expected]
+    assert found[-1][1] == 0  # nothing looks at vision tokens after the last block
+    assert 0 < found[0][0] < 1
 
 
 def test_statistics_are_those_of_all_tokens_together():

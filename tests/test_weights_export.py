@@ -7,8 +7,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+import families
 import foveate
 from foveate.cli import main
 from foveate.errors import CheckpointError, UnsupportedError
@@ -51,6 +52,23 @@ def test_transformers_reads_the_same_model(blind, tmp_path, text):
     tolerance = 2e-4 if "smoothquant" in text else 1e-5
     torch.testing.assert_close(logits(plain, blind), expected, rtol=tolerance, atol=tolerance)
     assert not torch.allclose(expected, blind.logits(Request("the big red fox ran and saw")), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_model_that_sees_is_read_too(tmp_path, family):
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed (extra: test)")
+    vlm = families.tiny(family)
+    small = Recipe.parse("rtn(group=16, symmetric=true)").apply(vlm, quiet=True)
+    export.save(small, tmp_path / "out")
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        hidden = small.adapter.text_model(input_ids=ids, use_cache=False).last_hidden_state
+        expected = small.model.get_output_embeddings()(hidden)
+        torch.testing.assert_close(plain(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    again = foveate.load(tmp_path / "out", device="cpu")
+    request = Request("what?", families.picture())
+    torch.testing.assert_close(again.logits(request), small.logits(request), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("text", EXPORTS)

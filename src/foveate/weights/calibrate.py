@@ -402,7 +402,7 @@ def _places(adapter: Adapter, part: str) -> tuple[list[tuple[str, nn.Module, str
     parts = adapter.parts()
     root = parts[part]
     others = {id(module) for name, module in parts.items() if name != part}
-    stack = adapter.layers if part == "llm" else _longest_list(root, others)
+    stack = {"llm": lambda: adapter.layers, "vision_tower": lambda: _stack(adapter, root)}.get(part, lambda: None)()
     if stack is None:
         owner, attribute = _owner(adapter.model, root)
         return [("", owner, attribute)], False
@@ -412,12 +412,10 @@ def _places(adapter: Adapter, part: str) -> tuple[list[tuple[str, nn.Module, str
     return places + [(name, owner, leaf) for name, owner, leaf in loose], True
 
 
-def _longest_list(root: nn.Module, stop: set[int]) -> nn.ModuleList | None:
-    """The module list with the most parameters: the blocks of a tower."""
-    skipped = {id(m) for module in root.modules() if id(module) in stop for m in module.modules()}
-    lists = [m for m in root.modules() if isinstance(m, nn.ModuleList) and id(m) not in skipped and len(m) > 0]
-    lists = [m for m in lists if type(m[0]) is not nn.Linear]
-    return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()), default=None)
+def _stack(adapter: Adapter, tower: nn.Module) -> nn.ModuleList:
+    """The module list of the tower's blocks."""
+    first = adapter.blocks[0]
+    return next(m for m in tower.modules() if isinstance(m, nn.ModuleList) and any(child is first for child in m))
 
 
 def _owner(model: nn.Module, wanted: nn.Module) -> tuple[nn.Module, str]:
