@@ -230,7 +230,8 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(tiny):
         for index, layer in enumerate(layers):
             for which, module in enumerate((layer.self_attn.o_proj, layer.mlp.down_proj)):
                 key = (index, which)
-                handles.append(module.register_forward_hook(lambda m, a, out, k=key: outputs.__setitem__(k, out)))
+                keep = lambda m, a, out, k=key, to=outputs: to.__setitem__(k, out)  # noqa: E731
+                handles.append(module.register_forward_hook(keep))
         with torch.enable_grad():
             state = stream.hidden(number).clone().requires_grad_()
             for layer, (args, kwargs) in zip(layers, call.arguments):
