@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,8 @@ class QuantizedLinear(nn.Module):
 
     Buffers: packed [out, bytes] uint8; scale [out, groups] float16; zero [out, bytes of groups] uint8, packed like the
     codes (absent when symmetric: zero is then 2**(bits - 1)). The weight is made anew in each call, in the dtype of the
-    input: the layer is small, not fast. act_bits: the input is rounded to so many bits first, symmetrically per token.
+    input: the layer is small, not fast, unless it has a `kernel` (`foveate.weights.kernels`). act_bits: the input is
+    rounded to so many bits first, symmetrically per token.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.act_bits = in_features, out_features, act_bits
+        self.kernel: Callable[[Tensor], Tensor | None] | None = None
         self.bits, self.group, self.symmetric = bits, group, symmetric
         self.num_groups = in_features // group
         width = packed_width(in_features, bits)
@@ -80,6 +84,9 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.act_bits:
             x = absmax_round(x, self.act_bits)
+        y = None if self.kernel is None else self.kernel(x)
+        if y is not None:
+            return y if self.bias is None else y + self.bias
         return F.linear(x, self.dequantize(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
