@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import zipfile
 from dataclasses import replace
@@ -22,15 +23,16 @@ from foveate.optimize import Budget, optimize
 from foveate.optimize import workbench as workbench_module
 from foveate.optimize.run import Effort
 from foveate.optimize.samples import halve_by_picture, interleave, splits
-from foveate.optimize.space import candidates, ranges
+from foveate.optimize.space import build_space, ranges
 from foveate.optimize.workbench import ModelWorkbench
 from foveate.registry import METHODS
 from foveate.tasks.base import TASKS, FileTask, Task
 from foveate.vlm import Request
 
 FEW = ("uniform", "rtn")
-TINY = Effort(rungs=((4, 2), (8, 1)), prove=8, timed=1)
+TINY = Effort(recipes=5, upgrades=0, explore=2, shortlist=3, rungs=((4, 2), (8, 1)), prove=8, timed=1)
 SKILLS = ("colour", "compare")
+FIXED_TIME = {"ms": 1.0, "dense_ms": 1.0, "ratio": 1.0, "low": 1.0, "high": 1.0, "pairs": 2}
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +88,13 @@ def test_every_prefix_holds_all_skills(bench):
 # ---- space and costs
 
 
-def test_a_method_may_declare_its_own_range():
+def test_a_method_may_declare_its_own_range(vlm):
     class Mine(METHODS.get("uniform")):
         space: ClassVar = {"keep": (0.5, 1)}
 
     assert ranges(Mine) == {"keep": (0.5, 1)} and ranges(METHODS.get("int8")) == {}
-    recipes = [trial.recipe for trial in candidates([Mine, METHODS.get("int8")])]
-    assert recipes == [
+    space = build_space(vlm, [Mine, METHODS.get("int8")])
+    assert space.recipes(100, random.Random(0)) == [
         "int8",
         "uniform(keep=0.5)",
         "uniform(keep=0.5) + int8",
@@ -144,7 +146,12 @@ def test_only_recipes_with_the_same_tower_share_features(bench, vlm):
 def test_optimize_writes_a_model_and_a_report(vlm, tasks, tmp_path, capfd):
     out = tmp_path / "small"
     report = optimize(
-        vlm, Budget.parse(bytes="0.8x", loss="100pt"), tasks=tasks, effort=TINY, out=out, command="foveate optimize x"
+        vlm,
+        Budget.parse(bytes="0.8x", loss="100pt"),
+        tasks=tasks,
+        effort=replace(TINY, upgrades=1),
+        out=out,
+        command="foveate optimize x",
     )
     assert report["met"] and report["quality"]["held_back"] and report["quality"]["n"] == 8
     assert set(report) >= {"recipe", "met", "quality", "cost", "front", "binding", "nearest", "trials", "conditions"}
@@ -182,7 +189,7 @@ def test_unreachable_budget_changes_nothing_and_says_what_binds(vlm, tasks, tmp_
     report = optimize(vlm, Budget.parse(flops="0.01x"), tasks=tasks, effort=TINY, out=out, methods=FEW)
     assert not report["met"] and report["recipe"] is None and report["binding"] == ["flops"]
     assert report["nearest"][0]["flops"] > 0.01 * report["dense"]["cost"]["flops"]
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "study.db"]
     optimize(
         vlm, Budget.parse(flops="0.02x"), tasks=tasks, effort=TINY, out=out, methods=["rtn"]
     )  # an earlier result is replaced
@@ -205,6 +212,71 @@ def test_ctrl_c_keeps_the_best_so_far(vlm, tasks, tmp_path, monkeypatch):
     assert foveate.load(out).recipe.text() == report["recipe"]
 
 
+def test_a_search_that_died_goes_on_and_ends_the_same(vlm, tasks, tmp_path, monkeypatch):
+    """What was answered before is not asked again, and the result is that of a search that nothing disturbed."""
+    real, asked = ModelWorkbench.answers, []
+
+    def counting(self, recipe, split, indices):
+        asked.append((recipe, split, tuple(indices)))
+        if len(asked) == stop:
+            raise RuntimeError("killed")
+        return real(self, recipe, split, indices)
+
+    monkeypatch.setattr(ModelWorkbench, "answers", counting)
+    monkeypatch.setattr(ModelWorkbench, "time", lambda self, recipe: FIXED_TIME)
+    options = {"tasks": tasks, "effort": TINY, "methods": FEW}
+    budget, stop = Budget.parse(bytes="0.8x", loss="100pt"), 0
+    whole = optimize(vlm, budget, out=tmp_path / "whole", **options)
+    calls, stop = len(asked), 6
+    asked.clear()
+    with pytest.raises(RuntimeError, match="killed"):
+        optimize(vlm, budget, out=tmp_path / "part", **options)
+    assert [path.name for path in (tmp_path / "part").iterdir()] == ["study.db"]
+    asked.clear()
+    stop, lines = 0, []
+    again = optimize(vlm, budget, out=tmp_path / "part", say=lines.append, **options)
+    assert any("going on from the log" in line for line in lines) and len(asked) == calls - 5
+    assert again["recipe"] == whole["recipe"] and again["trials"] == whole["trials"]
+    with pytest.raises(InputError, match="log of another search: its seed"):
+        (tmp_path / "part" / "report.json").unlink()
+        optimize(vlm, budget, out=tmp_path / "part", seed=5, **options)
+
+
+@pytest.mark.parametrize("strategy", ["halving", "milp", "p_sigmoid", "g_search", "genetic"])
+def test_strategies_run_on_a_model(vlm, tasks, strategy):
+    if strategy == "milp":
+        pytest.importorskip("scipy")
+    effort = replace(TINY, recipes=3, timed=0)
+    budget = Budget.parse(bytes="0.9x", tokens="0.9x", loss="100pt")
+    report = optimize(vlm, budget, tasks=tasks, effort=effort, strategy=strategy, methods=[*FEW, "fastv"])
+    recipes = [row["recipe"] for row in report["trials"] if row["n"]]
+    assert recipes and report["recipe"] in recipes
+    if strategy == "milp":
+        assert any("mixed(bits=[" in recipe and "rates=[1.0" in recipe for recipe in recipes)
+    if strategy == "p_sigmoid":
+        assert all(recipe.startswith("schedule(") for recipe in recipes)
+
+
+def test_unknown_strategies_are_named(vlm, tasks):
+    from foveate.cli.optimize import NAMES
+    from foveate.errors import UnknownNameError
+    from foveate.optimize.strategies import STRATEGIES
+
+    assert sorted(NAMES) == STRATEGIES.names()
+    with pytest.raises(UnknownNameError, match="did you mean 'genetic'"):
+        optimize(vlm, tasks=tasks, effort=TINY, strategy="genetik")
+
+
+def test_text_only_questions_can_be_optimized_for(vlm, tmp_path):
+    path = tmp_path / "text.jsonl"
+    rows = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task: Task = FileTask("data", path=path, max_new_tokens=2)
+    report = optimize(vlm, Budget.parse(bytes="0.9x", loss="100pt"), tasks=[task], effort=TINY, methods=["rtn", "int8"])
+    assert report["met"] and report["cost"]["tokens"] == 0
+    assert "right on no sample" in report["verdict"]  # a random model knows no sums
+
+
 def test_other_folders_are_not_overwritten(vlm, tasks, tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(InputError, match="already exists"):
@@ -221,7 +293,8 @@ def test_a_failing_write_leaves_nothing(vlm, tasks, tmp_path, monkeypatch):
         optimize(
             vlm, Budget.parse(bytes="0.8x", loss="100pt"), tasks=tasks, effort=TINY, out=tmp_path / "out", methods=FEW
         )
-    assert not list(tmp_path.iterdir())
+    # the log alone stays, so that the same command goes on where the disk was full
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["study.db"]
 
 
 def test_named_sets_are_chosen_and_proved_on_splits_of_their_own(tmp_path):

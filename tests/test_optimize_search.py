@@ -13,6 +13,7 @@ from foveate.optimize.result import to_report
 from foveate.optimize.run import Effort, search, skill_table
 from foveate.optimize.samples import Question, Split
 from foveate.optimize.search import Trial, binding, choose, front, halve, nearest, paired_interval, prune
+from foveate.optimize.space import Space
 from foveate.tasks.base import Item
 
 DENSE = Cost(1000.0, 1000.0, 100.0)
@@ -37,8 +38,11 @@ class Synthetic:
         flops, size, _ = self.table.get(recipe, (1.0, 1.0, 0.0))
         return Cost(1000 * flops, 1000 * size, 100 * flops)
 
-    def trials(self):
-        return [Trial(r, self.cost(r), r.partition("(")[0], 0.5) for r in self.table], {}
+    def space(self):
+        return Space([["", *self.table]], sockets=("reduce",)), {}
+
+    def measure(self, recipe, axis):
+        return {"value": 8.0 if axis == "memory" else 30.0, "dense": 10.0}
 
     def scores(self, recipe, split, n):
         self.asked.append((recipe, split, n))
@@ -51,6 +55,9 @@ class Synthetic:
 
     def stage(self, title, questions):
         pass
+
+    def upgrades(self, recipe, most):
+        return []
 
     def time(self, recipe):
         return {"ms": 10 * self.table[recipe][0], "dense_ms": 10.0, "ratio": self.table[recipe][0]} | {
@@ -76,7 +83,7 @@ TABLE = {
     "too much": (0.8, 0.4, 0.0),
     "random(keep=0.5)": (0.45, 0.45, 0.25),
 }
-QUICK = Effort(rungs=((100, 3), (600, 2)), prove=1000, timed=1)
+QUICK = Effort(explore=100, shortlist=3, rungs=((200, 3), (600, 2)), prove=1000, timed=1)
 
 
 def quiet(line):
@@ -175,8 +182,8 @@ def test_pruning_leaves_the_nearest_when_nothing_fits():
 
 def test_halving_finds_the_best_and_drops_with_reasons():
     bench = Synthetic(TABLE)
-    trials, _ = bench.trials()
-    best = halve(trials, lambda r, n: bench.scores(r, "choose", n), Budget.parse(), DENSE, QUICK.rungs)
+    trials = [Trial(recipe, bench.cost(recipe)) for recipe in TABLE]
+    best = halve(trials, lambda r, n: bench.scores(r, "choose", n), Budget.parse(), DENSE, ((100, 3), (600, 2)))
     assert best[0].recipe in ("good", "too much") and best[0].delta.n == 600
     poor = next(t for t in trials if t.recipe == "poor")
     assert poor.status == "rejected" and poor.reason.startswith("loses") and poor.delta.n == 100
@@ -240,7 +247,7 @@ def test_unreachable_budget_says_what_binds():
     assert found.winner is None and not found.met and found.binding == ["flops"]
     assert found.nearest and all(t.delta for t in found.nearest)
     assert {t.status for t in found.trials if t.delta} == {"rejected"} and all(t.reason for t in found.trials)
-    assert "FLOPs: the lowest of all recipes is 0.30x" in found.verdict and "not changed" in found.verdict
+    assert "FLOPs: the lowest of all recipes weighed is 0.30x" in found.verdict and "not changed" in found.verdict
 
 
 def test_too_lossy_is_not_met():

@@ -90,7 +90,7 @@ class Recipe:
         """Raise RecipeError or UnsupportedError if this cannot be applied to `vlm`, beside what was applied before."""
         whole = vlm.recipe + self
         for first, second in combinations(whole.methods, 2):
-            reason = _conflict(first, second)
+            reason = conflict(first, second)
             if reason:
                 way_out = "turn them round" if "order" in reason else "drop one of them"
                 raise RecipeError(f"{first.text()} and {second.text()} {reason}; {way_out}")
@@ -156,7 +156,7 @@ class Recipe:
             raise CheckpointError(f"{path} cannot be used: {error}") from None
 
 
-def _conflict(first: Method, second: Method) -> str:
+def conflict(first: Method, second: Method) -> str:
     """Why two methods cannot stand in one recipe, or ""."""
     if first.socket != second.socket:
         reducer, cache = (first, second) if first.socket == "reduce" else (second, first)

@@ -336,6 +336,23 @@ def bytes_moved(shape: ModelShape, request: Request, stored: dict[str, float], k
     }
 
 
+def activation_bytes(shape: ModelShape, request: Request, dtype: str = "bfloat16") -> float:
+    """Bytes of intermediate results at the worst moment of one request, beside weights and cache.
+
+    Of the stages that run one after the other the largest counts: in the tower all views at once, in the prefill the
+    whole prompt. Alive at the worst moment of a block are its input and residual, and, in the MLP, what goes in, both
+    wide results of a gated MLP, and what comes out. The pixels are float32 on their way in.
+    """
+    size = bytes_of(dtype)
+    rows = request.views * shape.patches
+    tower = rows * (3 * shape.vision_width + 2 * shape.vision_mlp) * size
+    pixels = rows * shape.patch_inputs * (4 + size)
+    wide = max([shape.width, *(outputs for _, outputs in shape.connector)])
+    connector = request.connector_rows * 2 * wide * size + rows * shape.vision_width * size
+    prefill = request.prompt * (4 * shape.width + 3 * shape.mlp) * size
+    return float(max(tower + pixels, connector, prefill))
+
+
 def request_of_sizes(
     spec: PreprocessSpec,
     shape: ModelShape,

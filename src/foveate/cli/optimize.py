@@ -11,6 +11,18 @@ from typing import Any
 
 from foveate.cli.common import DEFAULT_MODEL, add_model_options, add_verb, load_model, positive_int, print_json
 
+LIMITS = {
+    "flops": "of one mean request, to the end of its answer",
+    "bytes": "weights, and the cache of one mean request",
+    "size": "weights on disk",
+    "memory": "peak of one request: counted, then measured for the finalists",
+    "tokens": "visual tokens that reach the language model, mean over its layers",
+    "ttft": "time to first token, measured beside the dense model",
+    "tpot": "time of each further token, measured beside the dense model",
+    "throughput": "requests a second in batches, measured beside the dense model",
+}
+NAMES = ("surrogate", "halving", "random", "tpe", "nsga2", "genetic", "milp", "p_sigmoid", "g_search")
+"""Strategies, without importing them; a test compares them with the registry."""
 NAMED = ("easy-vqa", "nlvr", "flickr8k-match")
 """What --data takes beside a file: tasks of public sets, read from --data-dir."""
 
@@ -24,13 +36,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="folder or preset (default: nano)")
     limits = parser.add_argument_group("budget")
-    limits.add_argument("--max-flops", metavar="X", help="of one mean request, to the end of its answer")
-    limits.add_argument("--max-bytes", metavar="X", help="weights, and the cache of one mean request")
-    limits.add_argument("--max-ttft", metavar="X", help="time to first token, measured beside the dense model")
-    limits.add_argument("--max-tokens", metavar="X", help="visual tokens that reach the language model")
+    for axis, about in LIMITS.items():
+        limits.add_argument(f"--{'min' if axis == 'throughput' else 'max'}-{axis}", metavar="X", help=about)
     limits.add_argument(
         "--max-loss", metavar="X", default="1pt", help="loss of mean accuracy, in points (default: 1pt)"
     )
+    limits.add_argument("--max-skill-loss", metavar="X", help="loss of any single skill beyond noise, in points")
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="D", help=f"your file of questions and answers, or one of {', '.join(NAMED)}")
     data.add_argument("--data-dir", metavar="DIR", help="folder of the named sets (default: $FOVEATE_DATA)")
@@ -40,7 +51,15 @@ def add_parser(subparsers: Any) -> None:
     )
     data.add_argument("--limit", type=positive_int, metavar="N", help="questions per task")
     data.add_argument("--seed", type=int, default=0, help="of the questions and of the intervals")
-    parser.add_argument("--method", action="append", metavar="M", help="search only these methods, repeatable")
+    space = parser.add_argument_group("space and search")
+    space.add_argument("--method", action="append", metavar="M", help="search only these methods, repeatable")
+    space.add_argument(
+        "--pin", action="append", default=[], metavar="M", help="in every recipe: fastervlm, rtn(bits=4)"
+    )
+    space.add_argument("--forbid", action="append", default=[], metavar="M", help="a method, or one of its settings")
+    space.add_argument("--add", action="append", default=[], metavar="M", help="a setting to try as well")
+    space.add_argument("--strategy", metavar="S", help=f"{', '.join(NAMES)} (default: {NAMES[0]})")
+    space.add_argument("--time-on", metavar="PRESET", help="time the finalists on this shape with random weights")
     parser.add_argument("--minutes", type=float, metavar="M", help="fit the number of questions to this time")
     parser.add_argument("-o", "--out", metavar="OUT", help="folder for model and report (default: <model>-optimized)")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -52,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     from foveate.optimize.result import check_out, text
     from foveate.tasks.base import find_tasks
 
-    budget = Budget.parse(args.max_flops, args.max_bytes, args.max_ttft, args.max_tokens, args.max_loss)
+    given = {axis: getattr(args, f"{'min' if axis == 'throughput' else 'max'}_{axis}") for axis in LIMITS}
+    budget = Budget.parse(loss=args.max_loss, skill_loss=args.max_skill_loss, **given)
     out = Path(args.out or f"{Path(args.model).name}-optimized")
     check_out(out)
     tasks, data = list(args.task), args.data
@@ -75,6 +95,11 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         out=out,
         methods=args.method,
+        pin=args.pin,
+        forbid=args.forbid,
+        add=args.add,
+        strategy=args.strategy,
+        time_on=args.time_on,
         command=shlex.join(["foveate", *sys.argv[1:]]),
         quiet=args.quiet,
         say=None if args.quiet else lambda line: print(line, file=sys.stderr, flush=True),

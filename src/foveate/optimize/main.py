@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import foveate
 from foveate.errors import InputError
 from foveate.optimize.budget import Budget
-from foveate.optimize.result import check_out, to_report, write
+from foveate.optimize.result import FILES, check_out, to_report, write
 from foveate.optimize.run import Effort, search
-from foveate.optimize.samples import splits
+from foveate.optimize.samples import Split, splits
+from foveate.optimize.strategies import STRATEGIES
+from foveate.optimize.study import FILE as STUDY
+from foveate.optimize.study import Study, fingerprint
 from foveate.optimize.workbench import ModelWorkbench
 from foveate.tasks.base import Task, find_tasks
 
@@ -37,6 +43,11 @@ def optimize(
     seed: int = 0,
     out: str | Path | None = None,
     methods: Sequence[str] | None = None,
+    pin: Sequence[str] = (),
+    forbid: Sequence[str] = (),
+    add: Sequence[str] = (),
+    strategy: str | None = None,
+    time_on: str | None = None,
     effort: Effort | None = None,
     command: str = "",
     quiet: bool = False,
@@ -47,7 +58,10 @@ def optimize(
     tasks, data, scorer: as `foveate eval`; without them the drawn world. limit: questions per task in the last round of
     the choice and again in the proof. minutes: scale the numbers of questions to this time, measured first; without
     it they are fixed, and the result depends on the seed alone. out: folder for the model, report.html and report.json;
-    with None nothing is written. Ctrl-C ends the search and keeps the best so far. Raises InputError, BudgetError,
+    with None nothing is written. methods: search only these; pin, forbid, add: methods by name or with parameters that
+    are in every recipe, in none, or may be as well. strategy: a name of STRATEGIES. time_on: an architecture preset on
+    which finalists are timed with random weights, instead of this model. A killed search goes on from its log in `out`.
+    Ctrl-C ends the search and keeps the best so far. Raises InputError, BudgetError,
     UnknownNameError.
     """
     budget, effort = budget or Budget.parse(), effort or Effort()
@@ -61,6 +75,9 @@ def optimize(
     if out is not None:
         check_out(Path(out))
     chosen, folder = _tasks(tasks, data, scorer)
+    if strategy is not None:
+        STRATEGIES.get(strategy)
+        effort = replace(effort, strategy=strategy)
     if limit is not None:
         effort = effort.limited(limit * len(chosen))
     if minutes is not None:
@@ -73,9 +90,19 @@ def optimize(
     about = f"{names} ({len(set(first.skills))} skills)" if len(set(first.skills)) > 1 else names
     if data is not None and folder is None:
         about = f"{Path(data).name} ({about})" if about != "data" else Path(data).name
-    bench = ModelWorkbench(vlm, first, second, data=about, methods=methods, quiet=quiet)
-    found = search(bench, budget, effort, seed=seed, say=say)
+    study = _study(vlm, first, second, out, seed)
+    if study.resumed:
+        say(f"going on from the log of an earlier search, {study.path}")
+    choices = {"methods": methods, "pin": pin, "forbid": forbid, "add": add, "time_on": time_on}
+    bench = ModelWorkbench(vlm, first, second, data=about, study=study, quiet=quiet, **choices)
+
+    def told(line: str) -> None:
+        study.event(line)
+        say(line)
+
+    found = search(bench, budget, effort, seed=seed, say=told)
     bench.close()
+    study.close()
     found.seconds = time.monotonic() - start
     report: dict[str, Any] = to_report(
         found, model=Path(vlm.name).name, data=about, conditions=_conditions(vlm, bench, effort, seed, command)
@@ -85,6 +112,25 @@ def optimize(
         report["out"] = str(out) if kept else None
         write(Path(out), report, pictures, (lambda path: bench.save(kept.recipe, path)) if kept else None)
     return report
+
+
+def _study(vlm: VLM, choose: Split, prove: Split, out: str | Path | None, seed: int) -> Study:
+    """The log of this search in the folder `out`. That of a search which came to its end is begun anew."""
+    if out is None:
+        return Study(None)
+    path, report = Path(out) / STUDY, Path(out) / FILES[0]
+    if report.is_file() and not json.loads(report.read_text(encoding="utf-8")).get("interrupted"):
+        path.unlink(missing_ok=True)
+    weights = sum(float(p.float().abs().sum()) for p in list(vlm.model.parameters())[:8] if not p.is_meta)
+    conditions = {
+        "model": vlm.name,
+        "weights": fingerprint(round(weights, 4), sum(p.numel() for p in vlm.model.parameters())),
+        "preprocessing": vlm.spec.hash(),
+        "questions": fingerprint([[(q.item.id, q.scorer) for q in split.questions] for split in (choose, prove)]),
+        "seed": str(seed),
+        "version": foveate.__version__,
+    }
+    return Study(path, conditions)
 
 
 def _pictures(bench: ModelWorkbench, found: Outcome) -> list[Picture]:
@@ -135,6 +181,8 @@ def _conditions(vlm: VLM, bench: ModelWorkbench, effort: Effort, seed: int, comm
         "preprocessing": vlm.spec.hash(),
         "machine": ", ".join(f"{key} {value}" for key, value in device.items() if value is not None),
         "versions": ", ".join(f"{key} {value}" for key, value in versions.items()),
+        "strategy": f"{effort.strategy}: {effort.recipes} recipes on {effort.explore} questions, best "
+        f"{effort.shortlist} go on",
         "rounds": "; ".join(f"{n} questions, best {k} go on" for n, k in effort.rungs) + f"; proof {effort.prove}",
         "skipped questions": f"{len(skipped)}" + (f", first: {next(iter(skipped.items()))}" if skipped else ""),
         **{f"not searched: {name}": reason for name, reason in bench.refused.items()},

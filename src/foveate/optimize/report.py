@@ -119,7 +119,7 @@ def _tiles(report: Row) -> str:
     cost, quality, tiles = report["cost"], report["quality"], []
     dense = report["dense"]["cost"]
     for axis in AXES if cost else ():
-        key = "ttft_ms" if axis == "ttft" else axis
+        key = f"{axis}_ms" if axis in ("ttft", "tpot") else axis
         if cost.get(key) is not None and dense.get(key):
             detail = f"{amount(axis, dense[key])} → {amount(axis, cost[key])}"
             tiles.append((AXES[axis], f"{cost[key] / dense[key]:.2f}x", detail))

@@ -3,7 +3,8 @@
     {"version", "model", "data", "recipe", "met", "verdict",
      "quality": {"mean_delta", "low", "high", "n", "held_back", "skills"}, "cost": {"flops", "bytes", "tokens",
      "ttft_ms"}, "front": [{"tag", "recipe", costs, "mean_delta", "low", "high", "n", "status"}], "dense", "budget",
-     "limits", "binding", "nearest", "compare", "timing", "trials", "refused", "interrupted", "seconds", "conditions"}
+     "limits", "binding", "nearest", "compare", "timing", "trials", "refused", "space", "interrupted",
+     "seconds", "conditions"}
 
 Differences of accuracy are fractions (0.01 = one point), times milliseconds; `limits` are relative to dense.
 """
@@ -25,6 +26,7 @@ from foveate.optimize.budget import AXES, amount, points
 from foveate.optimize.report import Picture, render
 from foveate.optimize.run import Outcome, cost_dict
 from foveate.optimize.search import Trial, front
+from foveate.optimize.study import FILE as STUDY
 
 VERSION = 1
 TIMING_TEXT = (
@@ -69,6 +71,7 @@ def to_report(found: Outcome, *, model: str, data: str, conditions: dict[str, An
         "nearest": [_trial_row(trial) for trial in found.nearest],
         "trials": [_trial_row(trial) for trial in found.trials],
         "refused": found.refused,
+        "space": {"recipes": found.space, "dropped": found.dropped},
         "seconds": round(found.seconds, 1),
         "conditions": conditions,
     }
@@ -174,9 +177,14 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def check_out(out: Path) -> None:
-    """Raise InputError unless `out` is free, empty, or an earlier result of this command (which is then replaced)."""
-    if not out.exists() or (out.is_dir() and (not any(out.iterdir()) or (out / FILES[0]).is_file())):
+    """Raise InputError unless `out` is free, empty, or an earlier result of this command (which is then replaced), or
+    the log of one that did not end."""
+    if not out.exists():
         return
+    if out.is_dir():
+        names = {path.name for path in out.iterdir()}
+        if FILES[0] in names or all(name.startswith(STUDY) for name in names):  # a result, or the log of a search
+            return
     raise InputError(f"-o {out} already exists and is no earlier result of foveate optimize; choose another name")
 
 
@@ -185,6 +193,7 @@ def write(
 ) -> None:
     """Write the folder `out` whole or not at all: the model (by `save`, when there is one) and both reports.
 
+    The log of the search that lies in `out` comes along.
     Raises InputError when the disk is full or the place cannot be written.
     """
     check_out(out)
@@ -201,6 +210,8 @@ def write(
         content = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (temporary / FILES[0]).write_text(content, encoding="utf-8")
         (temporary / FILES[1]).write_text(render(report, pictures), encoding="utf-8")
+        if (out / STUDY).is_file():
+            shutil.copy2(out / STUDY, temporary / STUDY)
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o777 & ~mask)

@@ -1,4 +1,4 @@
-"""The search from budget to verdict: prune by cost, halve by paired scores, time the finalists, choose, prove.
+"""The search from budget to verdict: explore, halve by paired scores, time the finalists, choose, prove.
 
 Everything that needs a model is behind `Workbench`, so the whole flow is tested on known truth without one.
 """
@@ -12,14 +12,27 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from foveate.optimize.budget import AXES, Budget, Cost, amount, points
-from foveate.optimize.search import Interval, Trial, binding, choose, halve, loss_text, nearest, paired_interval, prune
+from foveate.optimize.budget import AXES, FLOORS, MEASURED, Budget, Cost, amount, points
+from foveate.optimize.search import (
+    Interval,
+    Trial,
+    binding,
+    by_skill,
+    choose,
+    fallen_skill,
+    halve,
+    loss_text,
+    nearest,
+    paired_interval,
+)
+from foveate.optimize.strategies import STRATEGIES, Context
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from foveate.optimize.report import Picture
     from foveate.optimize.samples import Split
+    from foveate.optimize.space import Space
 
 
 class Workbench(Protocol):
@@ -30,11 +43,11 @@ class Workbench(Protocol):
     choose: Split
     prove: Split
 
-    def trials(self) -> tuple[list[Trial], dict[str, str]]:
-        """(every candidate with its predicted cost, {method that does not fit: reason})."""
+    def space(self) -> tuple[Space, dict[str, str]]:
+        """(the space, {method that does not fit: reason})."""
 
     def cost(self, recipe: str) -> Cost:
-        """The exact cost of the mean request."""
+        """The counted cost of the mean request; nothing is run for it."""
 
     def scores(self, recipe: str, split: str, n: int) -> np.ndarray:
         """Scores [n] of the first n questions of "choose" or "prove"; what was asked before is not asked again."""
@@ -43,7 +56,20 @@ class Workbench(Protocol):
         """Progress of the next answers."""
 
     def time(self, recipe: str) -> dict[str, Any]:
-        """Time to first token of the recipe against dense: {"ms", "dense_ms", "ratio", "low", "high", "pairs", ...}."""
+        """Time to first token of the recipe against dense, {"ms", "dense_ms", "ratio", "low", "high", "pairs", ...},
+        and the same under "tpot" for each further token."""
+
+    def measure(self, recipe: str, axis: str) -> dict[str, float]:
+        """{"value", "dense"} of "throughput" or "memory", measured."""
+
+    def upgrades(self, recipe: str, most: int) -> list[str]:
+        """The recipe with calibrated weight methods of the same size in the place of an uncalibrated one."""
+
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+
+    def divergence(self, recipe: str, n: int) -> float:
+        """How far the next token's distribution is from the dense model's on n questions, 0 when it is the same."""
 
     def naive(self, recipe: str) -> dict[str, str]:
         """{role: recipe} of the naive choices of the same size."""
@@ -57,29 +83,45 @@ class Workbench(Protocol):
 
 @dataclass(frozen=True)
 class Effort:
-    """How many questions each stage asks. rungs: (questions in all, recipes that go on); timed: finalists timed."""
+    """How much each stage of a search does."""
 
-    rungs: tuple[tuple[int, int], ...] = ((256, 8), (1024, 3))
+    strategy: str = "surrogate"
+    "what picks the recipes to try: a name of STRATEGIES"
+    recipes: int = 40
+    "recipes that are tried on a few questions"
+    explore: int = 64
+    "those few questions"
+    upgrades: int = 3
+    "calibrated weight methods that are tried in the best recipe"
+    shortlist: int = 14
+    "recipes that go on to the first round"
+    rungs: tuple[tuple[int, int], ...] = ((256, 6), (1024, 3))
+    "rounds: questions in all, recipes that go on"
     prove: int = 1600
+    "held-back questions of the proof"
     timed: int = 2
+    "finalists that are timed"
+    patience: float = 100.0
+    "seconds after which no further recipe is tried"
 
     @property
     def choose(self) -> int:
         """Questions of the last round of the choice."""
         return self.rungs[-1][0]
 
-    def answers(self, recipes: int = 24) -> int:
-        """Answers that are asked for in all, about: `recipes` in the first round, dense included, and four proved."""
-        total, alive, before = 0, recipes, 0
+    def answers(self) -> int:
+        """Answers that are asked for in all, at most, dense included."""
+        total, alive, before = (self.recipes + 1) * self.explore, self.shortlist, self.explore
         for n, survivors in self.rungs:
-            total += (alive + 1) * (n - before)
+            total += (alive + 1) * max(0, n - before)
             alive, before = min(alive, survivors), n
         return total + 4 * self.prove
 
     def limited(self, n: int) -> Effort:
         """At most n questions in each stage; earlier rounds keep their share of the last."""
         rungs = tuple((max(1, min(count, round(n * count / self.choose))), k) for count, k in self.rungs)
-        return replace(self, rungs=rungs, prove=min(self.prove, n))
+        explore = max(1, min(self.explore, rungs[0][0]))
+        return replace(self, explore=explore, rungs=rungs, prove=min(self.prove, n))
 
     def scaled(self, factor: float, least: int = 32) -> Effort:
         """All sample counts times `factor`, at least `least` each."""
@@ -87,12 +129,17 @@ class Effort:
         def count(n: int) -> int:
             return max(least, round(n * factor))
 
-        return replace(self, rungs=tuple((count(n), k) for n, k in self.rungs), prove=count(self.prove))
+        rungs = tuple((count(n), k) for n, k in self.rungs)
+        return replace(self, explore=count(self.explore), rungs=rungs, prove=count(self.prove))
 
 
 @dataclass
 class Outcome:
-    """What a search found. `winner` is None when nothing meets the budget, or nothing was measured before Ctrl-C."""
+    """What a search found. `winner` is None when nothing meets the budget, or nothing was measured before Ctrl-C.
+
+    trials: all that were run, and examples of those that were not. space: recipes in the space; dropped: of those that
+    were weighed, the ones that break a limit by their counted cost.
+    """
 
     budget: Budget
     dense: Cost
@@ -107,6 +154,8 @@ class Outcome:
     binding: list[str] = field(default_factory=list)
     nearest: list[Trial] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
+    space: int = 0
+    dropped: int = 0
     interrupted: bool = False
     seconds: float = 0.0
 
@@ -129,27 +178,32 @@ def search(
     effort = effort or Effort()
     start = time.monotonic()
     dense = bench.cost("")
-    trials, refused = bench.trials()
-    found = Outcome(budget, dense, trials, refused=refused)
+    space, refused = bench.space()
+    found = Outcome(budget, dense, [], refused=refused, space=space.size)
+    context = Context(bench, space, budget, dense, seed, samples=min(effort.explore, len(bench.choose)))
     try:
-        _choose(bench, found, effort, seed, say)
+        _choose(bench, found, context, effort, seed, say)
         if found.winner:
             _prove(bench, found, found.winner, effort, seed, say)
     except KeyboardInterrupt:
         found.interrupted = True
         if found.winner is None:
-            found.winner = choose(trials, budget, dense)
+            found.winner = choose(found.trials, budget, found.dense)
         say("interrupted: keeping the best so far")
+    found.trials += context.dropped
+    found.dropped = context.num_dropped
     if found.winner:
         found.winner.status = "chosen"
         found.winner.reason = ""
     else:
-        found.binding = binding(trials, budget, found.dense)
-        found.nearest = nearest(trials, budget, found.dense)
-    for trial in trials:
+        found.binding = binding(found.trials, budget, found.dense)
+        found.nearest = nearest(found.trials, budget, found.dense)
+    for trial in found.trials:
         if trial.status == "alive":
             _explain(trial, found)
-    found.met = bool(found.winner and found.proof and found.proof.mean >= -budget.max_loss - 1e-9)
+    found.met = bool(
+        found.winner and found.proof and found.proof.mean >= -budget.max_loss - 1e-9 and not _fallen(found)
+    )
     found.verdict = verdict(found)
     if found.compare and not found.compare[0]["accuracy"]:
         found.verdict += " The dense model is right on no sample, so no loss could be seen."
@@ -157,14 +211,77 @@ def search(
     return found
 
 
-def _choose(bench: Workbench, found: Outcome, effort: Effort, seed: int, say: Say) -> None:
-    alive = prune(found.trials, found.budget, found.dense)
-    reachable = not any(found.budget.broken(t.cost, found.dense) for t in alive)
-    say(
-        f"{len(found.trials)} recipes; {len(alive)} worth running after exact costs"
-        + ("" if reachable else "; none meets the budget, so the nearest are measured")
-    )
-    groups = bench.choose.tasks
+def explore(bench: Workbench, found: Outcome, context: Context, effort: Effort, seed: int, say: Say) -> list[Trial]:
+    """Try up to `effort.recipes` recipes of the strategy on a few questions; those worth more questions, best first.
+
+    The order is that of the surrogate's belief, which pools what resembling recipes showed: a few questions alone would
+    rank by chance.
+    """
+    n, groups, skills = context.samples, bench.choose.tasks, bench.choose.skills
+    strategy = STRATEGIES.get(effort.strategy)(context)
+    bench.stage(f"explore ({effort.strategy})", n * (effort.recipes + 1))
+    start = time.monotonic()
+    dense = bench.scores("", "choose", n)
+
+    def attempt(recipe: str) -> None:
+        trial = context.trial(recipe)
+        found.trials.append(trial)
+        trial.scores = bench.scores(recipe, "choose", n)
+        trial.delta = paired_interval(dense, trial.scores, groups[:n], seed=seed)
+        if found.budget.max_skill_loss is not None:
+            trial.skills = by_skill(dense, trial.scores, skills[:n], seed=seed)
+
+    while len(found.trials) < effort.recipes:
+        batch = strategy.ask(found.trials)[: effort.recipes - len(found.trials)]
+        if not found.trials:
+            reachable = any(not found.budget.broken(context.cost(r), found.dense) for r in batch)
+            say(f"{context.space.size} recipes in the space; {context.num_dropped} of those weighed break a limit")
+            if not reachable and batch:
+                say("none meets the budget, so the nearest are measured")
+        if not batch:
+            break
+        if time.monotonic() - start > effort.patience:
+            say(f"{effort.patience:g} s of exploring are over: {len(found.trials)} recipes were tried")
+            break
+        for recipe in batch:
+            attempt(recipe)
+    best = shortlist(list(found.trials), context, 1, final=False)
+    known = {trial.recipe for trial in found.trials}
+    for recipe in bench.upgrades(best[0].recipe, effort.upgrades) if best and effort.upgrades else ():
+        if recipe not in known and context.fits(recipe):
+            say(f"calibrating {recipe}")
+            attempt(recipe)
+    return shortlist(found.trials, context, effort.shortlist)
+
+
+def shortlist(trials: Sequence[Trial], context: Context, count: int, *, final: bool = True) -> list[Trial]:
+    """The `count` trials that are believed to lose least, cheaper ones first among equals; the others are rejected,
+    unless this is not the `final` word."""
+    run = [trial for trial in trials if trial.delta]
+    if not run:
+        return []
+    loss, _ = context.surrogate(run, [trial.recipe for trial in run]).predict([trial.recipe for trial in run])
+    order = sorted(range(len(run)), key=lambda i: (round(float(loss[i]), 4), context.relative(run[i].recipe), i))
+    kept: list[Trial] = []
+    for place, index in enumerate(order):
+        trial = run[index]
+        assert trial.delta is not None
+        if not final and len(kept) >= count:
+            continue
+        if kept and trial.delta.high < -context.budget.max_loss:
+            trial.reason = f"loses {loss_text(trial.delta)} on {trial.delta.n} samples"
+        elif len(kept) >= count:
+            trial.reason = f"{place} recipes rank before it on {trial.delta.n} samples ({trial.delta.text()})"
+        else:
+            kept.append(trial)
+            continue
+        trial.status = "rejected"
+    return kept
+
+
+def _choose(bench: Workbench, found: Outcome, context: Context, effort: Effort, seed: int, say: Say) -> None:
+    alive = explore(bench, found, context, effort, seed, say)
+    groups, skills = bench.choose.tasks, bench.choose.skills
     rungs = tuple((min(n, len(groups)), k) for n, k in effort.rungs)
     survivors = halve(
         alive,
@@ -173,22 +290,37 @@ def _choose(bench: Workbench, found: Outcome, effort: Effort, seed: int, say: Sa
         found.dense,
         rungs,
         groups=groups,
+        skills=skills,
         seed=seed,
         on_round=bench.stage,
     )
-    limited = any(limit.axis == "ttft" for limit in found.budget.limits)
-    # Without a time limit a recipe that meets the others is timed for the report only; if there is none, nothing is.
+    timed = [axis for axis in found.budget.axes if axis in (*MEASURED, "memory")]
+    # Without such a limit a recipe that meets the others is timed for the report only; if there is none, nothing is.
     first = choose(survivors, found.budget, found.dense)
-    timed = [first, *(t for t in survivors if t is not first)] if first else []
-    for trial in timed[: None if limited else effort.timed]:
-        say(f"time of {trial.recipe} beside dense")
-        row = bench.time(trial.recipe)
-        found.timing.append({"recipe": trial.recipe, **row})
-        # One dense time for all: the ratio of each pair run is what is known, dense itself drifts with the machine.
-        base = found.dense.ttft_ms or row["dense_ms"]
-        found.dense = replace(found.dense, ttft_ms=base)
-        trial.cost = replace(trial.cost, ttft_ms=base * row["ratio"])
+    finalists = [first, *(t for t in survivors if t is not first)] if first else []
+    for trial in finalists[: None if timed else effort.timed]:
+        _measure(bench, found, trial, timed, say)
     found.winner = choose(survivors, found.budget, found.dense)
+
+
+def _measure(bench: Workbench, found: Outcome, trial: Trial, limited: Sequence[str], say: Say) -> None:
+    """Measured cost in the place of predicted cost. One dense value for all: what is known of a time is the ratio
+    within its pairs, dense itself drifts with the machine."""
+    say(f"time of {trial.recipe} beside dense")
+    row = bench.time(trial.recipe)
+    found.timing.append({"recipe": trial.recipe, **row})
+    changes, base = {}, {}
+    for key, part in (("ttft_ms", row), ("tpot_ms", row.get("tpot"))):
+        if part:
+            base[key] = getattr(found.dense, key) or part["dense_ms"]
+            changes[key] = base[key] * part["ratio"]
+    for axis in limited:
+        if axis in ("throughput", "memory"):
+            measured = bench.measure(trial.recipe, axis)
+            base[axis] = measured["dense"]
+            changes[axis] = measured["value"]
+    found.dense = replace(found.dense, **base)
+    trial.cost = replace(trial.cost, **changes)
 
 
 def _prove(bench: Workbench, found: Outcome, winner: Trial, effort: Effort, seed: int, say: Say) -> None:
@@ -225,8 +357,9 @@ def _row(
 
 
 def cost_dict(cost: Cost) -> dict[str, float | None]:
-    """The four axes for JSON."""
-    return {"flops": cost.flops, "bytes": cost.bytes, "tokens": cost.tokens, "ttft_ms": cost.ttft_ms}
+    """All axes for JSON."""
+    names = ("flops", "bytes", "tokens", "ttft_ms", "tpot_ms", "throughput", "size", "memory")
+    return {name: getattr(cost, name) for name in names}
 
 
 def skill_table(
@@ -258,6 +391,15 @@ def skill_table(
     return table
 
 
+def _fallen(found: Outcome) -> str:
+    """The skill whose proven loss is beyond the allowed one and beyond noise, or ""."""
+    limit = found.budget.max_skill_loss
+    if limit is None:
+        return ""
+    fallen = [name for name, row in found.skills.items() if row["delta"] < -limit - 1e-9 and row["high"] < 0]
+    return min(fallen, key=lambda name: found.skills[name]["delta"], default="")
+
+
 def _explain(trial: Trial, found: Outcome) -> None:
     """The reason why a trial that was never dropped was not chosen."""
     if trial.delta is None:
@@ -270,6 +412,8 @@ def _explain(trial: Trial, found: Outcome) -> None:
         trial.reason = f"{broken[0]} {ratio:.2f} times the limit ({trial.delta.text()} against dense)"
     elif trial.delta.mean < -found.budget.max_loss:
         trial.reason = f"loses {points(-trial.delta.mean)} on {trial.delta.n} samples, more than allowed"
+    elif fallen := fallen_skill(trial, found.budget):
+        trial.reason = f"loses {points(-trial.skills[fallen].mean)} of the skill {fallen}, more than allowed"
     else:
         trial.reason = f"meets the budget ({trial.delta.text()}); the chosen one is cheaper or better"
 
@@ -285,6 +429,8 @@ def verdict(found: Outcome) -> str:
         why = "the search was interrupted before the proof" if found.interrupted else "there is no held-back sample"
         return f"Best so far, not proven: {why}."
     shown = f"{found.proof.text()} against dense on {found.proof.n} held-back samples"
+    if fallen := _fallen(found):
+        return f"Not met: {shown}, but the skill {fallen} loses {points(-found.skills[fallen]['delta'])}."
     if found.met and found.interrupted:
         return f"Budget met: {shown}; interrupted before the naive choices were compared."
     if found.proof.low >= -found.budget.max_loss:
@@ -305,9 +451,14 @@ def hindrance(found: Outcome) -> str:
             if best and best.delta:
                 said.append(f"Loss: within the other limits the best recipe loses {loss_text(best.delta)}.")
             continue
+        if name == "skill":
+            limit = points(found.budget.max_skill_loss or 0.0)
+            said.append(f"Skills: in every recipe that meets the rest some skill loses more than {limit}.")
+            continue
         values = [value for t in found.trials if (value := t.cost.get(name)) is not None]
-        lowest, base = min(values), found.dense.get(name)
-        shown = f"{lowest / base:.2f}x of dense" if base else amount(name, lowest)
-        seen = "that was measured" if name == "ttft" else "of all recipes"
-        said.append(f"{AXES[name][0].upper()}{AXES[name][1:]}: the lowest {seen} is {shown}.")
+        extreme, word = (max(values), "highest") if name in FLOORS else (min(values), "lowest")
+        base = found.dense.get(name)
+        shown = f"{extreme / base:.2f}x of dense" if base else amount(name, extreme)
+        seen = "that was measured" if name in MEASURED else "of all recipes weighed"
+        said.append(f"{AXES[name][0].upper()}{AXES[name][1:]}: the {word} {seen} is {shown}.")
     return " ".join(said) or "Each limit can be met, but not all of them together."

@@ -58,6 +58,8 @@ class Trial:
     reason: str = ""
     scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
     delta: Interval | None = None
+    skills: dict[str, Interval] = field(default_factory=dict)
+    """Differences of single skills, where a limit on them was given."""
 
 
 def paired_interval(
@@ -113,17 +115,9 @@ def prune(trials: list[Trial], budget: Budget, dense: Cost, *, per_group: int = 
     are not expected to be better). If nothing meets the limits, the `nearest` ones stay, to show what is nearly
     possible.
     """
-    fitting = []
-    for trial in trials:
-        broken = budget.broken(trial.cost, dense)
-        if broken:
-            worst = max(broken, key=lambda axis: budget.overruns(trial.cost, dense)[axis])
-            ratio = budget.overruns(trial.cost, dense)[worst]
-            trial.status, trial.reason = "pruned", f"{worst} {ratio:.2f} times the limit"
-        else:
-            fitting.append(trial)
+    fitting = [trial for trial in trials if not pruned(trial, budget, dense)]
     if not fitting:
-        return _closest(trials, budget, dense, nearest)
+        return closest(trials, budget, dense, nearest)
     chosen = []
     for name in dict.fromkeys(trial.group for trial in fitting):
         members = sorted((t for t in fitting if t.group == name), key=lambda t: -(1.0 if t.keep is None else t.keep))
@@ -136,11 +130,21 @@ def prune(trials: list[Trial], budget: Budget, dense: Cost, *, per_group: int = 
     return chosen
 
 
-def _closest(trials: list[Trial], budget: Budget, dense: Cost, count: int) -> list[Trial]:
+def pruned(trial: Trial, budget: Budget, dense: Cost) -> bool:
+    """Whether a counted cost breaks a limit; the trial then gets the status "pruned" and the reason."""
+    overruns = budget.overruns(trial.cost, dense)
+    worst = max(overruns, key=overruns.__getitem__, default=None)
+    if worst is None or overruns[worst] <= 1 + 1e-9:
+        return False
+    trial.status, trial.reason = "pruned", f"{worst} {overruns[worst]:.2f} times the limit"
+    return True
+
+
+def closest(trials: list[Trial], budget: Budget, dense: Cost, count: int) -> list[Trial]:
     """Trials near a budget that none meets: one half the cheapest, one half the mildest that break fewest limits."""
 
     def overrun(trial: Trial) -> float:
-        return max(budget.overruns(trial.cost, dense).values())
+        return max(budget.overruns(trial.cost, dense).values(), default=0.0)
 
     def mildness(trial: Trial) -> tuple[int, float, float, str]:
         kept = 1.0 if trial.keep is None else trial.keep
@@ -175,6 +179,7 @@ def halve(
     rungs: Sequence[tuple[int, int]],
     *,
     groups: Sequence[str] | None = None,
+    skills: Sequence[str] | None = None,
     seed: int = 0,
     on_round: Callable[[str, int], None] | None = None,
 ) -> list[Trial]:
@@ -196,12 +201,17 @@ def halve(
             trial.scores = score(trial.recipe, samples)
             n = len(trial.scores)
             trial.delta = paired_interval(dense[:n], trial.scores, groups[:n] if groups else None, seed=seed)
+            if skills is not None and budget.max_skill_loss is not None:
+                trial.skills = by_skill(dense[:n], trial.scores, skills[:n], seed=seed)
         alive.sort(key=lambda t: rank(t, budget, dense_cost))
         kept = []
         for better, trial in enumerate(alive):
             assert trial.delta is not None
+            fallen = fallen_skill(trial, budget)
             if kept and trial.delta.high < -budget.max_loss:
                 trial.reason = f"loses {loss_text(trial.delta)} on {samples} samples"
+            elif kept and fallen:
+                trial.reason = f"loses {loss_text(trial.skills[fallen])} of the skill {fallen} on {samples} samples"
             elif len(kept) >= survivors:
                 trial.reason = f"{better} recipes rank before it on {samples} samples ({trial.delta.text()})"
             else:
@@ -210,6 +220,26 @@ def halve(
             trial.status = "rejected"
         alive = kept
     return alive
+
+
+def by_skill(
+    dense: np.ndarray, scores: np.ndarray, skills: Sequence[str], *, seed: int = 0, resamples: int = 1000
+) -> dict[str, Interval]:
+    """The paired difference of each skill by itself."""
+    names = np.asarray(skills)
+    return {
+        name: paired_interval(dense[names == name], scores[names == name], seed=seed, resamples=resamples)
+        for name in dict.fromkeys(skills)
+    }
+
+
+def fallen_skill(trial: Trial, budget: Budget) -> str:
+    """The skill that loses most beyond the allowed loss of a skill and beyond noise (its interval lies below zero), ""
+    when there is none. A few samples of each of many skills would else reject everything by chance."""
+    if budget.max_skill_loss is None:
+        return ""
+    fallen = [n for n, d in trial.skills.items() if d.mean < -budget.max_skill_loss - 1e-9 and d.high < 0]
+    return min(fallen, key=lambda name: trial.skills[name].mean, default="")
 
 
 def loss_text(delta: Interval) -> str:
@@ -231,7 +261,12 @@ def choose(trials: list[Trial], budget: Budget, dense: Cost) -> Trial | None:
     Source of the one-standard-error rule: Breiman et al., Classification and Regression Trees, 1984.
     """
     met = [
-        t for t in trials if t.delta and t.delta.mean >= -budget.max_loss - 1e-9 and not budget.broken(t.cost, dense)
+        t
+        for t in trials
+        if t.delta
+        and t.delta.mean >= -budget.max_loss - 1e-9
+        and not fallen_skill(t, budget)
+        and not budget.broken(t.cost, dense)
     ]
     if not met:
         return None
@@ -245,15 +280,19 @@ def choose(trials: list[Trial], budget: Budget, dense: Cost) -> Trial | None:
 
 
 def binding(trials: list[Trial], budget: Budget, dense: Cost) -> list[str]:
-    """Which constraints stand in the way when nothing meets all: axes of `AXES`, or "loss".
+    """Which constraints stand in the way when nothing meets all: axes of `AXES`, "loss" or "skill".
 
     A constraint binds when giving up it alone would let some trial through; if no single one does, all those that the
-    nearest trial breaks. Trials that were never run count for the cost limits only.
+    nearest trial breaks. Trials that were never run count for the cost limits only, those that lost before they were
+    timed not at all when a time is limited.
     """
+    trials = [t for t in trials if all(t.cost.get(axis) is not None for axis in budget.axes)] or trials
     broken = [set(budget.broken(t.cost, dense)) for t in trials]
     for trial, constraints in zip(trials, broken):
         if trial.delta and trial.delta.mean < -budget.max_loss:
             constraints.add("loss")
+        if fallen_skill(trial, budget):
+            constraints.add("skill")
     if not broken or any(not b and t.delta for b, t in zip(broken, trials)):
         return []
     known = [b for b, t in zip(broken, trials) if t.delta or b]

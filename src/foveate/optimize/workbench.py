@@ -7,6 +7,8 @@ for a fraction of the work.
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+import foveate
 from foveate.adapters.shape import steps_of
 from foveate.bench import cost as costs
 from foveate.effect import cache_bytes_per_token
@@ -21,18 +24,19 @@ from foveate.errors import FoveateError, InputError
 from foveate.optimize.budget import Cost
 from foveate.optimize.report import Picture
 from foveate.optimize.samples import Question, Split
-from foveate.optimize.search import Trial
-from foveate.optimize.space import candidates, fitting
+from foveate.optimize.space import Space, build_space, fitting, name_of, upgrades
+from foveate.optimize.study import Study
 from foveate.progress import Progress
 from foveate.recipe import Recipe
-from foveate.runtime import Clock, check_context, encode, generate, select, stop_of
+from foveate.runtime import Clock, check_context, encode, generate, open_batch, select, stop_of
 from foveate.tasks.scores import judge
+from foveate.vlm import VLM, Request
 from foveate.weights.base import module_bytes
 
 if TYPE_CHECKING:
     from foveate.adapters.base import Encoded
+    from foveate.bench.timing import Row, Timed
     from foveate.data.plan import Plan
-    from foveate.vlm import VLM
 
 CACHE_BYTES = 2 << 30
 """Visual features kept in memory; beyond that they are computed again."""
@@ -40,13 +44,21 @@ PICTURES = 5
 PAIRS = 20
 UNIT_SECONDS = 0.1
 """Least length of a timed unit; a request that is shorter is repeated inside."""
+BEFORE_FEATURES = ("compose", "encoder")
+"""Sites of methods that change what the tower computes."""
+MOST_MODELS = 16
+TIMED_TOKENS = 8
+THROUGHPUT_BATCH = 8
+THROUGHPUT_REQUESTS = 32
 
 
 class ModelWorkbench:
     """`foveate.optimize.run.Workbench` around a loaded dense model.
 
     choose, prove: the questions; those that cannot be planned or read are dropped, with the reason in `skipped`.
-    methods: names of the methods to search, default all that are registered. Raises InputError if no question is left.
+    methods: names of the methods to search, default all that are registered. pin, forbid, add: as `build_space`.
+    time_on: an architecture preset on which times are measured, with random weights. study: the log, whose scores are
+    not asked for again. Raises InputError if no question is left.
     """
 
     def __init__(
@@ -57,11 +69,21 @@ class ModelWorkbench:
         *,
         data: str,
         methods: Sequence[str] | None = None,
+        pin: Sequence[str] = (),
+        forbid: Sequence[str] = (),
+        add: Sequence[str] = (),
+        time_on: str | None = None,
+        study: Study | None = None,
         batch_size: int = 64,
         quiet: bool = False,
     ) -> None:
         self.vlm, self.name, self.data = vlm, vlm.name, data
         self.methods, self.refused = fitting(vlm, methods)
+        self._only = methods is not None
+        self._choices = {"pin": pin, "forbid": forbid, "add": add}
+        self._space: Space | None = None
+        self._timed, self._timing = time_on, None
+        self._study = study or Study(None)
         self.batch_size, self.quiet = batch_size, quiet
         self._bar: Progress | None = None
         self._plans: dict[str, list[Plan]] = {}
@@ -73,8 +95,10 @@ class ModelWorkbench:
         self._models: dict[str, VLM] = {"": vlm}
         self._weight_bytes: dict[str, int] = {}
         self._kv_bytes: dict[str, float] = {}
-        self._scores: dict[tuple[str, str], dict[int, float]] = {}
-        self._features: dict[tuple[str, str, int], Encoded] = {}
+        self._scores: dict[tuple[str, str], dict[int, float]] = self._study.scores()
+        self._work: dict[str, dict[str, float]] = {}
+        self._features: dict[tuple[str, str, int], tuple[frozenset[str], Encoded, int]] = {}
+        self._readers: dict[str, dict[str, tuple[Any, ...]]] = {}
         self._held = 0
         self._counts: dict[costs.Request, float] = {}
 
@@ -108,28 +132,77 @@ class ModelWorkbench:
 
     # ---- costs
 
-    def trials(self) -> tuple[list[Trial], dict[str, str]]:
-        found = candidates(self.methods)
-        for trial in found:
-            trial.cost = self.cost(trial.recipe)
-        return found, self.refused
+    def space(self) -> tuple[Space, dict[str, str]]:
+        if self._space is None:
+            space = build_space(self.vlm, self.methods, **self._choices)
+            asked = {*self._choices["pin"], *self._choices["add"]}
+            dense = self.cost("")
+            for slot, options in enumerate(space.slots):
+                if "" in options:
+                    space.slots[slot] = [text for text in options if not text or self._saves(text, dense, asked)]
+            self._space = space
+        return self._space, self.refused
+
+    def upgrades(self, recipe: str, most: int) -> list[str]:
+        if self._choices["pin"] or self._only:
+            return []
+        banned = set(self._choices["forbid"])
+        found = upgrades(self.vlm, recipe, most + len(banned))
+        return [text for text in found if not banned & {m.name for m in parse(text)}][:most]
+
+    def _saves(self, text: str, dense: Cost, asked: set[str]) -> bool:
+        """Whether a method makes anything cheaper that is counted; if not it is refused, unless the user asked for it.
+
+        Zeros among dense weights, for example, cost as much as other weights.
+        """
+        if text in asked or name_of(text) in asked or name_of(text) == "random":
+            return True
+        try:
+            cost = self.cost(text)
+        except FoveateError as error:
+            self.refused[name_of(text)] = str(error)
+            return False
+        saves = any((cost.get(a) or 0) < 0.999 * (dense.get(a) or 0) for a in ("flops", "bytes", "tokens", "memory"))
+        if not saves:
+            self.refused.setdefault(name_of(text), f"{text} makes nothing cheaper that is counted; --add it to try it")
+        return saves
 
     def cost(self, recipe: str) -> Cost:
-        """Mean over the questions chosen on: FLOPs to the end of the answer, weights and cache held, tokens kept."""
+        """Mean over the questions chosen on: FLOPs to the end of the answer, weights and cache held, tokens kept, peak.
+
+        Made of what each socket costs by itself, each counted once, so that thousands of recipes cost nothing.
+        """
         parsed = parse(recipe)
-        effect = costs.Effect.of(parsed)
+        work = self._of_reducers(Recipe(parsed.of("reduce")).text())
         weights, per_token = self._weights(parsed), self._per_token(parsed)
-        total = dict.fromkeys(costs.STAGES, 0.0)
-        cache = tokens = 0.0
-        for request, share in self._requests().items():
-            small = effect.apply(request, self._shape)
-            flops = costs.flops(self._shape, small, selection=effect.selection_flops(self._shape, small))
-            flops["decode"] *= small.new - 1  # the prompt gives the first token
-            for stage, value in flops.items():
-                total[stage] += share * value
-            cache += share * per_token * (small.cached + small.new - 1)
-            tokens += share * small.kept
-        return Cost(sum(total.values()), weights + cache, tokens, parts={**total, "weights": weights, "cache": cache})
+        stages = {stage: work[stage] for stage in costs.STAGES}
+        cache = per_token * work["cached"]
+        parts = {**stages, "weights": weights, "cache": cache}
+        memory = weights + cache + work["activations"]
+        return Cost(
+            sum(stages.values()), weights + cache, work["tokens"], size=float(weights), memory=memory, parts=parts
+        )
+
+    def _of_reducers(self, recipe: str) -> dict[str, float]:
+        """Means over the requests under the reducers of a recipe: FLOPs by stage, "cached" and visual "tokens",
+        "activations"."""
+        if recipe not in self._work:
+            effect = costs.Effect.of(parse(recipe))
+            total = dict.fromkeys((*costs.STAGES, "cached", "tokens", "activations"), 0.0)
+            for request, share in self._requests().items():
+                small = effect.apply(request, self._shape)
+                flops = costs.flops(self._shape, small, selection=effect.selection_flops(self._shape, small))
+                flops["decode"] *= small.new - 1  # the prompt gives the first token
+                found = {
+                    **flops,
+                    "cached": small.cached + small.new - 1,
+                    "tokens": small.cached - small.text,
+                    "activations": costs.activation_bytes(self._shape, small, str(self.vlm.dtype)),
+                }
+                for key, value in found.items():
+                    total[key] += share * value
+            self._work[recipe] = total
+        return self._work[recipe]
 
     def _requests(self) -> dict[costs.Request, float]:
         """The different requests of the choice in counts, each with its share of all questions."""
@@ -141,9 +214,16 @@ class ModelWorkbench:
         return self._counts
 
     def _weights(self, recipe: Recipe) -> int:
-        key = Recipe(recipe.of("weights")).text()
+        """Bytes of all tensors under the weight methods of a recipe, counted on a model without values."""
+        methods = Recipe(recipe.of("weights"))
+        key = methods.text()
         if key not in self._weight_bytes:
-            self._weight_bytes[key] = module_bytes(self._model(key).model)
+            if key:
+                model = hollow(self.vlm.model)
+                methods.prepare_(self.vlm.adapter.with_model(model).parts())
+                self._weight_bytes[key] = module_bytes(model)
+            else:
+                self._weight_bytes[key] = module_bytes(self.vlm.model)
         return self._weight_bytes[key]
 
     def _per_token(self, recipe: Recipe) -> float:
@@ -155,10 +235,11 @@ class ModelWorkbench:
         return self._kv_bytes[key]
 
     def _model(self, weights: str) -> VLM:
-        """The model with only the weight methods of a recipe applied; the dense one and the last three stay."""
+        """The model with only the weight methods of a recipe applied; the dense one and the last few stay."""
         if weights not in self._models:
-            for name in [name for name in self._models if name][:-2]:
-                del self._models[name]
+            others = [name for name in self._models if name]
+            while others and (len(others) >= MOST_MODELS or self._weight_bytes.get("", 0) * len(others) > CACHE_BYTES):
+                del self._models[others.pop(0)]
             self._models[weights] = apply(weights, self.vlm)
         return self._models[weights]
 
@@ -171,9 +252,12 @@ class ModelWorkbench:
         order = [missing[i] for i in np.argsort(lengths, kind="stable")]
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
+            fresh: dict[int, float] = {}
             for index, text in zip(batch, self.answers(recipe, split, batch)):
                 question = self._split(split).questions[index]
-                done[index] = judge(question.scorer, text, question.item.answers, question.item.choices)
+                fresh[index] = judge(question.scorer, text, question.item.answers, question.item.choices)
+            done.update(fresh)
+            self._study.add(recipe, split, fresh)
             if self._bar:
                 self._bar.advance(len(batch), recipe=recipe or "dense")
         return np.array([done[i] for i in range(n)])
@@ -183,24 +267,51 @@ class ModelWorkbench:
         found = self.answer_ids(recipe, split, indices)
         return [self.vlm.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in found]
 
-    @torch.inference_mode()
     def answer_ids(self, recipe: str, split: str, indices: Sequence[int]) -> list[list[int]]:
         """The token ids of `answers`."""
-        parsed = parse(recipe)
-        weights = Recipe(parsed.of("weights")).text()
-        vlm = self._model(weights)
-        reducers, caches = parsed.of("reduce"), parsed.of("cache")
         questions = [self._split(split).questions[i] for i in indices]
-        plans = [self._plans[split][i] for i in indices]
-        encoded = self.encoded(recipe, split, indices)
-        shape = vlm.adapter.shape
-        rows = [select(vlm.adapter, plan, part, steps_of(reducers, shape)) for plan, part in zip(plans, encoded)]
-        limit = max(question.max_new_tokens for question in questions)
-        check_context(rows, vlm.adapter, limit)
-        cache = caches[0].make(vlm.adapter) if caches else vlm.adapter.new_cache()
-        clock = Clock(vlm.device)
-        new = generate(vlm.adapter, rows, cache, max_new_tokens=limit, stop=vlm.stop_ids, clock=clock)
+        self._model(Recipe(parse(recipe).of("weights")).text())  # a method may calibrate with gradients
+        with torch.inference_mode():
+            rows, cache, vlm = self._rows(recipe, split, indices)
+            limit = max(question.max_new_tokens for question in questions)
+            check_context(rows, vlm.adapter, limit)
+            clock = Clock(vlm.device)
+            new = generate(vlm.adapter, rows, cache, max_new_tokens=limit, stop=vlm.stop_ids, clock=clock)
         return [ids[: question.max_new_tokens] for ids, question in zip(new, questions)]
+
+    def _rows(self, recipe: str, split: str, indices: Sequence[int]) -> tuple[list[Any], Any, VLM]:
+        """(prompts under a recipe, their empty cache, the model with its weight methods)."""
+        parsed = parse(recipe)
+        vlm = self._model(Recipe(parsed.of("weights")).text())
+        reducers, caches = parsed.of("reduce"), parsed.of("cache")
+        plans = [self._plans[split][i] for i in indices]
+        encoded, shape = self.encoded(recipe, split, indices), vlm.adapter.shape
+        rows = [select(vlm.adapter, plan, part, steps_of(reducers, shape)) for plan, part in zip(plans, encoded)]
+        return rows, caches[0].make(vlm.adapter) if caches else vlm.adapter.new_cache(), vlm
+
+    def layers(self) -> int:
+        """Decoder layers of the model."""
+        return self.vlm.adapter.shape.layers
+
+    def divergence(self, recipe: str, n: int) -> float:
+        """Kullback-Leibler divergence of the next token from the dense model's, mean over the first n questions."""
+        logged = self._study.cost(recipe, f"divergence {n}")
+        if logged is None:
+            losses = []
+            for start in range(0, n, self.batch_size):
+                batch = range(start, min(n, start + self.batch_size))
+                dense, other = (self._logits(text, batch).double().log_softmax(dim=-1) for text in ("", recipe))
+                losses.append((dense.exp() * (dense - other)).sum(dim=-1))
+            logged = {"value": float(torch.cat(losses).mean())}
+            self._study.add_cost(recipe, f"divergence {n}", logged)
+        return logged["value"]
+
+    def _logits(self, recipe: str, indices: Sequence[int]) -> torch.Tensor:
+        """Next-token logits [n, V] of questions of the choice."""
+        self._model(Recipe(parse(recipe).of("weights")).text())
+        with torch.inference_mode():
+            rows, cache, vlm = self._rows(recipe, "choose", indices)
+            return open_batch(vlm.adapter, rows, cache, Clock(vlm.device)).prefill()
 
     def _encoder_key(self, weights: str) -> str:
         """Empty when tower and connector are those of the dense model, else the weight methods that change them."""
@@ -208,80 +319,112 @@ class ModelWorkbench:
         return weights if changed & {"vision_tower", "mm_projector"} else ""
 
     def encoded(self, recipe: str, split: str, indices: Sequence[int]) -> list[Encoded]:
-        """Visual features of the questions under the recipe's weights, with the signals of all methods searched."""
+        """Visual features of the questions under the recipe's weights, with the signals that its steps need.
+
+        They are kept with the signals of every method that was tried so far: one pass serves them all.
+        """
         parsed = parse(recipe)
-        weights = Recipe(parsed.of("weights")).text()
-        vlm, key = self._model(weights), self._encoder_key(weights)
-        own = steps_of(parsed.of("reduce"), vlm.adapter.shape)
-        # What leaves inside the encoder changes the features themselves; later steps of all methods share them.
-        stop = stop_of(own)
-        key += f" to {Recipe(parsed.of('reduce')).text() if stop == 'encoder' else stop}"
-        missing = [i for i in indices if (key, split, i) not in self._features]
+        weights, reducers = Recipe(parsed.of("weights")).text(), parsed.of("reduce")
+        vlm = self._model(weights)
+        steps = steps_of(reducers, vlm.adapter.shape)
+        key = f"{self._encoder_key(weights)} to {stop_of(steps)}"
+        if any(step.site in BEFORE_FEATURES for step in steps):
+            key += f" by {Recipe(reducers).text()}"  # the features themselves hang on the recipe
+        readers = self._readers.setdefault(key, {})
+        readers.update({reducer.name: steps_of([reducer], vlm.adapter.shape) for reducer in reducers})
+        wanted = {reducer.name for reducer in reducers}
+        kept = self._features.get
+        missing = [i for i in indices if (found := kept((key, split, i))) is None or not wanted <= found[0]]
         fresh: dict[int, Encoded] = {}
         if missing:
             plans = [self._plans[split][i] for i in missing]
             inputs = [self.vlm.prepare(plan) for plan in plans]
-            # With the signals of every reducer that is searched and reads the same features: one pass serves them all.
-            methods = [m.from_params({"keep": 1.0}) for m in self.methods if m.socket == "reduce"]
-            found = [steps_of([method], vlm.adapter.shape) for method in methods]
-            every = [*own, *(step for steps in found if stop_of(steps) == stop != "encoder" for step in steps)]
+            every = [step for own in readers.values() for step in own]
             for index, part in zip(missing, encode(vlm.adapter, plans, inputs, [every] * len(plans))):
                 fresh[index] = part
-                size = part.features.nbytes + sum(signal.nbytes for signal in part.signals.values())
-                if self._held + size <= CACHE_BYTES:
-                    self._held += size
-                    # A batch's features are views of one tensor, which would otherwise stay as a whole.
-                    part.features = part.features.clone()
-                    self._features[key, split, index] = part
-        return [fresh.get(i) or self._features[key, split, i] for i in indices]
+                self._keep((key, split, index), frozenset(readers), part)
+        return [fresh.get(i) or self._features[key, split, i][1] for i in indices]
+
+    def _keep(self, place: tuple[str, str, int], readers: frozenset[str], part: Encoded) -> None:
+        """Remember features and signals while there is room."""
+        size = part.features.nbytes + sum(signal.nbytes for signal in part.signals.values())
+        before = self._features.pop(place, None)
+        self._held -= before[2] if before else 0
+        if self._held + size <= CACHE_BYTES:
+            self._held += size
+            # A batch's features are views of one tensor, which would otherwise stay as a whole.
+            part.features = part.features.clone()
+            self._features[place] = (readers, part, size)
 
     # ---- time, naive choices, pictures, output
 
     def time(self, recipe: str) -> dict[str, Any]:
+        logged = self._study.cost(recipe, "time")
+        if logged:
+            return logged
         from foveate.bench.timing import compare
-        from foveate.vlm import Request
 
-        small = apply(recipe, self.vlm)
+        dense = self._for_times()
+        small = apply(recipe, dense)
         some = [q.item.messages for q in self.choose.questions[:16]]
+        rows, about = compare(
+            answer_times(small, some), answer_times(dense, some), pairs=PAIRS, warmup=3, min_seconds=UNIT_SECONDS
+        )
+        by_stage = {row.stage: row for row in rows}
+        found = {**ratio_of(by_stage["ttft"]), "tpot": ratio_of(by_stage["decode"]), **about}
+        self._study.add_cost(recipe, "time", found)
+        return found
 
-        def timed(vlm: VLM) -> Any:
-            def run(index: int) -> dict[str, float]:
-                answer = vlm.respond(Request(messages=some[index % len(some)]), max_new_tokens=1)
-                return {"ttft": sum(answer.ms.values()), **answer.ms}
+    def _for_times(self) -> VLM:
+        """The model that is timed: this one, or a preset of published shape with random weights."""
+        if self._timed is None:
+            return self.vlm
+        if self._timing is None:
+            dtype, device = str(self.vlm.dtype).removeprefix("torch."), str(self.vlm.device)
+            self._timing = foveate.load(self._timed, random_weights=True, dtype=dtype, device=device)
+        return self._timing
 
-            return run
+    def measure(self, recipe: str, axis: str) -> dict[str, float]:
+        logged = self._study.cost(recipe, axis)
+        if logged:
+            return logged
+        dense = self._for_times()
+        small = apply(recipe, dense)
+        if axis == "throughput":
+            requests = [Request(messages=q.item.messages) for q in self.choose.questions[:THROUGHPUT_REQUESTS]]
+            found = throughputs(small, dense, requests)
+        else:
+            from foveate.bench.memory import peaks
 
-        rows, about = compare(timed(small), timed(self.vlm), pairs=PAIRS, warmup=3, min_seconds=UNIT_SECONDS)
-        row = next(row for row in rows if row.stage == "ttft")
-        ratio = row.ratio or 1.0
-        return {
-            "ms": row.a_ms,
-            "dense_ms": row.b_ms,
-            "ratio": ratio,
-            "low": row.low or ratio,
-            "high": row.high or ratio,
-            "aa_low": row.aa_low,
-            "aa_high": row.aa_high,
-            "real": row.real,
-            **about,
-        }
+            one = self.choose.questions[0].item.messages
+            found = peaks(small, dense, one)
+        self._study.add_cost(recipe, axis, found)
+        return found
 
     def naive(self, recipe: str) -> dict[str, str]:
         parsed = parse(recipe)
         found = {}
-        reducer = next(iter(parsed.of("reduce")), None)
-        known = {method.name for method in self.methods}
-        if reducer and reducer.name != "random" and "random" in known:
+        reducers = parsed.of("reduce")
+        if reducers and reducers[0].name != "random":
             rest = [method.text() for method in parsed if method.socket != "reduce"]
-            found["random tokens"] = parse(" + ".join([f"random(keep={reducer.keep})", *rest])).text()
-        int4 = parse("rtn(bits=4, parts=[llm, vision_tower, mm_projector])").text() if "rtn" in known else recipe
-        if int4 != recipe:
-            found["uniform int4"] = int4
+            keep = getattr(reducers[0], "keep", None)
+            if len(reducers) > 1 or keep is None or reducers[0].sites != ("post_projector",):
+                # Tokens that leave in several places, or inside the language model: the same mean number of tokens.
+                keep = max(0.001, min(1.0, round(self.cost(recipe).tokens / max(1e-9, self.cost("").tokens), 3)))
+            found["random tokens"] = parse(" + ".join([f"random(keep={keep})", *rest])).text()
+        for text in ("rtn(bits=4, parts=[llm, vision_tower, mm_projector])", "rtn(bits=4, group=0)"):
+            try:
+                int4 = parse(text)
+                int4.check(self.vlm)
+            except FoveateError:
+                continue
+            if int4.text() != recipe:
+                found["uniform int4"] = int4.text()
+            break
         return found
 
     def pictures(self, recipe: str) -> list[Picture]:
         from foveate.show import kept_picture, png
-        from foveate.vlm import Request
 
         small = apply(recipe, self.vlm)
         split, name = (self.prove, "prove") if len(self.prove) else (self.choose, "choose")
@@ -302,6 +445,58 @@ class ModelWorkbench:
 
     def save(self, recipe: str, folder: Path) -> None:
         apply(recipe, self.vlm).save(folder)
+
+
+def hollow(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of a model whose tensors have shapes and types but no values."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = torch.nn.Parameter(empty, False) if isinstance(tensor, torch.nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
+
+
+def answer_times(vlm: VLM, messages: Sequence[list[dict[str, Any]]]) -> Timed:
+    """A function that answers dialogue i with `TIMED_TOKENS` tokens and returns milliseconds by stage."""
+
+    def run(index: int) -> dict[str, float]:
+        answer = vlm.respond(Request(messages=messages[index % len(messages)]), max_new_tokens=TIMED_TOKENS)
+        ms = dict(answer.ms)
+        decode = ms.pop("decode")
+        # An answer may end early, at the same place or another; a token's time is what is compared.
+        return {"ttft": sum(ms.values()), **ms, "decode": decode / max(1, len(answer.ids))}
+
+    return run
+
+
+def ratio_of(row: Row) -> dict[str, Any]:
+    """One stage of a comparison in the form of `Workbench.time`."""
+    ratio = row.ratio or 1.0
+    return {
+        "ms": row.a_ms,
+        "dense_ms": row.b_ms,
+        "ratio": ratio,
+        "low": row.low or ratio,
+        "high": row.high or ratio,
+        "aa_low": row.aa_low,
+        "aa_high": row.aa_high,
+        "real": row.real,
+    }
+
+
+def throughputs(small: VLM, dense: VLM, requests: Sequence[Request]) -> dict[str, float]:
+    """{"value", "dense"}: requests a second in batches of `THROUGHPUT_BATCH`, in turns, the median of five rounds."""
+
+    def once(vlm: VLM) -> float:
+        start = time.perf_counter()
+        vlm.answer(requests, max_new_tokens=TIMED_TOKENS, batch_size=THROUGHPUT_BATCH)
+        return len(requests) / (time.perf_counter() - start)
+
+    for vlm in (small, dense):
+        once(vlm)
+    rounds = [(once(small), once(dense)) for _ in range(5)]
+    base = float(np.median([b for _, b in rounds]))
+    return {"value": base * float(np.median([a / b for a, b in rounds])), "dense": base}
 
 
 def parse(recipe: str) -> Recipe:
