@@ -358,3 +358,29 @@ def test_the_searches_run_on_a_model(tiny):
     assert quality(schedule.as_schedule(counts)) >= 0.5
     assert counts[0] == 48 and counts == sorted(counts, reverse=True)
     assert schedule.as_schedule(counts).counts(48, 3) == [max(1, count) for count in counts]
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "pyramiddrop(keep=0.5, layers=[])",
+        "pyramiddrop(keep=0.5, ratios=[0.5, 0.6, 0.1])",
+        "sparsevlm(keep=0.5, layers=[1, 2])",
+        "visiondrop(keep=0.5, layers=[1, 2])",
+        "visiondrop(keep=0.5, layers=[1, 2], schedule=[4, 1])",
+        "adatoken3d(keep=0.5, fall=[0.5, 0.2, 1.0])",
+        "schedule(keep=0.5, steepness=0.0)",
+        "schedule(keep=0.5, rates=[0.5, 0.7])",
+        "yopo(keep=2)",
+        "yopo(keep=0.5, window=4)",
+    ],
+)
+def test_parameters_that_make_no_sense_are_refused_by_name(recipe):
+    with pytest.raises(RecipeError, match=f": {recipe.partition('(')[0]}: "):
+        foveate.Recipe.parse(recipe)
+
+
+def test_layers_that_a_model_does_not_have_are_refused(tiny):
+    for recipe in ("fastv(keep=0.5, layer=3)", "yopo(keep=0.5, cut=9)", "yopo(keep=0.5, dropped=[12])"):
+        with pytest.raises(RecipeError, match="this model has 3 layers"):
+            foveate.Recipe.parse(recipe).check(tiny)

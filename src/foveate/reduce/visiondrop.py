@@ -39,8 +39,9 @@ class VisionDrop(Reducer):
     """Four stages that need no text.
 
     keep: tokens as the mean over the layers of the language model, as a fraction of all or as a number for each view.
-    Up to two thirds the published counts are scaled; beyond, they are blended with keeping all. layers: where stages 1
-    to 3 begin. schedule: dominant and contextual tokens of stages 1 to 3, six numbers, instead of the scaled ones.
+    Up to two thirds the published counts are scaled; beyond, they are blended with keeping all. layers: where the
+    stages after it begin. schedule: dominant and contextual tokens of each of these, in turn, instead of the scaled
+    ones.
     """
 
     layers: tuple[float | int, ...] = (8 / 32, 16 / 32, 24 / 32)
@@ -55,8 +56,17 @@ class VisionDrop(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.layers) != 3 or (self.schedule is not None and len(self.schedule) != 6):
-            raise RecipeError(f"{self.name}: give three layers, and six numbers in schedule or none")
+        stages = len(self.layers)
+        if self.schedule is None and stages != len(PUBLISHED) - 1:
+            raise RecipeError(
+                f"{self.name}: layers is {list(self.layers)}; the published schedule has three stages, give another "
+                f"one in schedule"
+            )
+        if self.schedule is not None and (not stages or len(self.schedule) != 2 * stages or min(self.schedule) < 0):
+            raise RecipeError(
+                f"{self.name}: schedule is {list(self.schedule)}; give dominant and contextual tokens for each of the "
+                f"{stages} layers"
+            )
 
     def ratio(self, stage: int) -> float:
         """Tokens of a stage as a fraction of all; meaningless for a `keep` that is a number of tokens."""
@@ -70,7 +80,7 @@ class VisionDrop(Reducer):
         return VisionZip(keep=keep, contextual=PUBLISHED[0][1] / whole)
 
     def left(self, stage: int, n: int, total: int) -> tuple[int, int]:
-        """(dominant, contextual) tokens that stay of n in stage 1, 2 or 3; `total` entered the language model."""
+        """(dominant, contextual) tokens that stay of n in a stage from 1 on; `total` entered the language model."""
         if self.schedule is not None:
             dominant, contextual = self.schedule[2 * stage - 2 : 2 * stage]
         else:
@@ -83,7 +93,7 @@ class VisionDrop(Reducer):
         return dominant, min(contextual, n - dominant)
 
     def select(self, signals: dict[str, Tensor], layout: VisualLayout, stage: int = 3) -> Reduction:
-        """Stages 1 to 3."""
+        """The stages inside the language model, counted from 1."""
         n = len(layout)
         dominant, contextual = self.left(stage, n, int(signals["entered"]))
         if dominant == n:
@@ -93,7 +103,8 @@ class VisionDrop(Reducer):
         return Reduction(torch.cat([best, targets]), torch.cat([one_hot(best, n), weights]))
 
     def steps(self, shape: Shape) -> tuple[Step, ...]:
-        return (*self.zipped().steps(shape), *distinct([self._stage(shape, stage) for stage in (1, 2, 3)]))
+        inside = [self._stage(shape, stage + 1) for stage in range(len(self.layers))]
+        return (*self.zipped().steps(shape), *distinct(inside))
 
     def _stage(self, shape: Shape, stage: int) -> Step:
         layer = layer_index(self.layers[stage - 1], shape.layers, self.name, "layers")
