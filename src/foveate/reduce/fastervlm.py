@@ -3,7 +3,8 @@
 Source: FasterVLM, arXiv 2412.01818 (code read: Theia-4869/FasterVLM @ f5d5f12). Score of a patch: the attention that
 the CLS token pays it, averaged over heads, in the layer whose output feeds the connector. The same number stays in
 every encoded view; the kept tokens stay in raster order and are renumbered. A tower without CLS (SigLIP, Qwen) has no
-such query, so the attention received from all patches, averaged, takes its place, as other papers do.
+such query, so the attention received from all patches, averaged, takes its place, as other papers do. Newlines
+between rows of a tiled picture stay, where the code leaves them out.
 """
 
 from __future__ import annotations

@@ -51,7 +51,8 @@ class FrameFusion(Reducer):
     least: float = 0.1
 
     name: ClassVar[str] = "framefusion"
-    sites: ClassVar[tuple[str, ...]] = ("post_projector",)
+    sites: ClassVar[tuple[str, ...]] = ("post_projector", "llm")
+    signals: ClassVar[tuple[str, ...]] = ("features", "hidden", "last_attention")
     scope: ClassVar[str] = "request"
     position: ClassVar[str] = "keep"
     exact: ClassVar[bool] = False
