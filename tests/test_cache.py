@@ -11,9 +11,11 @@ from transformers import DynamicCache
 
 import foveate
 from cache_tiny import cache_of, decoder, greedy, prompt, steps
+from foveate.bench.cost import ModelShape, kv_bytes
 from foveate.cache.base import cache_bytes
 from foveate.cache.int8 import Int8Cache, dequantize, quantize
 from foveate.cache.layer import PackedLayer
+from foveate.effect import cache_bytes_per_token
 from foveate.errors import CheckpointError, InputError, RecipeError, UnsupportedError
 from foveate.recipe import Recipe
 from foveate.reduce.uniform import Uniform
@@ -249,6 +251,32 @@ def test_bits_of_a_value_in_a_long_prompt(text, low, high):
     tokens = 8192
     bits = filled(text, tokens) * 8 / (2 * tokens * 64)
     assert low <= bits <= high
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int8",
+        "fp8",
+        "kivi",
+        "kvquant(bits=3)",
+        "vidkv",
+        "sink(window=64)",
+        "alisa",
+        "alisa(cold=int8)",
+        "alisa(cold=recompute)",
+    ],
+)
+def test_every_method_tells_its_effect_and_its_cost(vlm, capsys, text):
+    """The effect is measured with the model's own cache, a plan's cost without a model: both see the same bytes."""
+    made = Recipe.parse(text).apply(vlm)
+    assert "cache          2048 ->" in capsys.readouterr().err
+    shape = ModelShape.from_config(vlm.model.config, vlm.spec)
+    measured, planned = cache_bytes_per_token(made), kv_bytes(shape, "float32", method(text))
+    if "recompute" in text:  # the inputs of a layer are wider than its keys, which a plan does not know
+        assert planned < measured
+    else:
+        assert measured == planned
 
 
 def test_bytes_of_a_batch_do_not_count_padding():

@@ -319,7 +319,7 @@ def kv_bytes(shape: ModelShape, dtype: str = "bfloat16", method: Any = None) -> 
 
     from foveate.cache.base import bytes_per_token
 
-    cache = SimpleNamespace(layers=[method.layer(index) for index in range(shape.layers)])
+    cache = SimpleNamespace(layers=method.layers(shape.layers))
     return bytes_per_token(cache, shape.kv_heads, shape.head_size, getattr(torch, dtype))
 
 

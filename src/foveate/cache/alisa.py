@@ -48,6 +48,7 @@ class Alisa(CacheMethod):
     shown: ClassVar[tuple[str, ...]] = ("keep",)
     summary: ClassVar[str] = "each head attends to recent tokens and those that recent queries looked at"
     status: ClassVar[str] = "experimental"
+    searched: ClassVar[bool] = False
     evicts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -61,16 +62,23 @@ class Alisa(CacheMethod):
     def layer(self, index: int, rotations: Rotations | None = None) -> AlisaLayer:
         return AlisaLayer(self, rotations or Rotations())
 
+    def layers(self, count: int) -> list[AlisaLayer]:
+        shared = Rotations()
+        return [self.layer(index, shared) for index in range(count)]
+
     def make(self, adapter: Adapter) -> Cache:
         cache = super().make(adapter)
         module = adapter.layers[0].self_attn
         for name in ("q_proj", "k_proj", "v_proj"):
             if not hasattr(module, name):
                 raise UnsupportedError(f"alisa: {type(module).__name__} has no {name}, which attention rows need")
-        shared = Rotations()
         for layer in cache.layers:
-            layer.rotations = shared
+            layer.width = module.q_proj.in_features
         return cache
+
+
+class _Even:
+    """Stands in for an attention module whose attention is even."""
 
 
 class AlisaLayer(EvictingLayer):
@@ -86,6 +94,17 @@ class AlisaLayer(EvictingLayer):
         self.real: Tensor | None = None
         self.cold: dict[str, Tensor] = {}
         self._pass: Pass | None = None
+        self.width = 0
+
+    def stand_in(self, keys: Tensor) -> None:
+        """A pass without queries, for keys [1, H, M, D], so that bytes can be measured: all attention is even.
+
+        Where nothing is known of the model, the layer's inputs count as wide as its keys.
+        """
+        hidden = keys.new_zeros(keys.shape[0], keys.shape[2], self.width or keys.shape[1] * keys.shape[3])
+        place = torch.arange(keys.shape[2], dtype=keys.dtype, device=keys.device)
+        angles = place[None, :, None].expand(-1, -1, keys.shape[3])
+        self._pass = Pass(_Even(), hidden, None, (angles, angles))
 
     def see(self, seen: Pass) -> Tensor | None:
         self._pass = seen
@@ -127,8 +146,11 @@ class AlisaLayer(EvictingLayer):
         batch, heads, held = self.keys.shape[:3]
         new = seen.hidden.shape[1]
         last = min(self.method.rows, new)
-        queries = seen.queries(last).unflatten(1, (heads, -1)).float()  # [B, H, G, last, D]
-        scores = queries @ self.keys[:, :, None].float().transpose(-1, -2) * module.scaling
+        if isinstance(module, _Even):
+            scores = self.keys.new_zeros(batch, heads, 1, last, held, dtype=torch.float32)
+        else:
+            queries = seen.queries(last).unflatten(1, (heads, -1)).float()  # [B, H, G, last, D]
+            scores = queries @ self.keys[:, :, None].float().transpose(-1, -2) * module.scaling
         allowed = self._allowed(seen, last)  # [B or 1, H or 1, 1, last, P]
         rows = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1).nan_to_num(0.0).sum(dim=2)  # [B, H, last, P]
         if self.valid is not None and new > 1:  # queries that are padding count for nothing

@@ -42,6 +42,10 @@ class CacheMethod(Method):
     def layer(self, index: int) -> CacheLayerMixin:
         """A fresh cache layer for decoder layer `index`."""
 
+    def layers(self, count: int) -> list[CacheLayerMixin]:
+        """The layers of one cache; a method whose layers share something makes them here."""
+        return [self.layer(index) for index in range(count)]
+
     def check_heads(self, width: int) -> None:
         """Raise RecipeError if heads of `width` channels do not fit the parameters."""
 
@@ -54,7 +58,7 @@ class CacheMethod(Method):
                     f"{self.name} replaces full attention caches; layer {index} of this model has a "
                     f"{type(layer).__name__}. Leave the cache dense"
                 )
-            cache.layers[index] = self.layer(index)
+        cache.layers = self.layers(len(cache.layers))
         observe(adapter.layers)
         return cache
 
@@ -91,6 +95,8 @@ def bytes_per_token(cache: Cache, heads: int, width: int, dtype: torch.dtype) ->
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 1, heads, PROBE, width, generator=generator).to(dtype)
     for layer in cache.layers:
+        if hasattr(layer, "stand_in"):  # what the layer would be told by a model
+            layer.stand_in(keys)
         layer.update(keys.clone(), values.clone())
     return cache_bytes(cache) / PROBE
 

@@ -72,6 +72,10 @@ class KVQuant(CacheMethod):
         keys, values = KeyCodec(self, given), ValueCodec(self, given)
         return KVQuantLayer(Store(keys), Store(values), rotations or Rotations())
 
+    def layers(self, count: int) -> list[KVQuantLayer]:
+        shared = Rotations()
+        return [self.layer(index, shared) for index in range(count)]
+
     def make(self, adapter: Adapter) -> Cache:
         layers = adapter.layers
         if self.file and len(read_levels(self.file, self.bits)) != len(layers):
@@ -79,9 +83,6 @@ class KVQuant(CacheMethod):
             raise RecipeError(f"kvquant: {self.file} has levels for {found} layers, this model has {len(layers)}")
         cache = super().make(adapter)
         rotation_of(layers[0].self_attn)
-        shared = Rotations()
-        for layer in cache.layers:
-            layer.rotations = shared
         return cache
 
 
@@ -110,6 +111,13 @@ class KVQuantLayer(PackedLayer):
 
     def outgoing(self, keys: Tensor) -> Tensor:
         return keys if self.number is None else rotate(self._module, keys, *self.rotations.get(self.number))
+
+    def stand_in(self, keys: Tensor) -> None:
+        """Angles for keys [1, H, M, D] as a model would give them, so that their bytes can be measured without one."""
+        place = torch.arange(keys.shape[2], dtype=keys.dtype, device=keys.device)
+        half = place[:, None].expand(-1, max(1, keys.shape[3] // 2))
+        angles = torch.cat([half, half], dim=1)[None]
+        self.number = self.rotations.add(angles, angles)
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

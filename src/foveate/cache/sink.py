@@ -30,6 +30,7 @@ class Sink(CacheMethod):
     shown: ClassVar[tuple[str, ...]] = ("window",)
     summary: ClassVar[str] = "the first and the most recent tokens stay in the cache, others are forgotten"
     status: ClassVar[str] = "experimental"
+    searched: ClassVar[bool] = False
     evicts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ class EoRA(CalibratedMethod):
     shown: ClassVar[tuple[str, ...]] = ("rank",)
     summary: ClassVar[str] = "a low-rank part beside each compressed layer makes up for its error"
     status: ClassVar[str] = "experimental"
+    searched: ClassVar[bool] = False
     takes: ClassVar[tuple[type, ...]] = (nn.Linear, QuantizedLinear, Int8Linear, Fp8Linear)
 
     def __post_init__(self) -> None:

@@ -121,6 +121,7 @@ class LQLoRA(CalibratedMethod):
     shown: ClassVar[tuple[str, ...]] = ("rank", "bits")
     summary: ClassVar[str] = "weights as NormalFloat plus a low-rank part; size only, not speed"
     status: ClassVar[str] = "experimental"
+    searched: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -48,6 +48,7 @@ class MaskLLM(Pruner):
     shown: ClassVar[tuple[str, ...]] = ("pattern",)
     summary: ClassVar[str] = "N of M neighbouring weights stay, which is learned; size only, not speed"
     status: ClassVar[str] = "experimental"
+    searched: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
