@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--size", type=int, default=384, help="side of the picture that is timed")
     parser.add_argument("--new-tokens", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=5, help="timed pairs, 0 for none")
+    parser.add_argument("--pairs", type=int, default=3, help="timed pairs, 0 for none")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "compress_cost.json")
     args = parser.parse_args()
 
@@ -62,7 +62,7 @@ def main() -> None:
     if args.pairs:
         pictures = draw_pictures((args.size, args.size), 0)
         (a, tokens), (b, _) = (timed_request(vlm, pictures, "What is this?", args.new_tokens) for vlm in (small, dense))
-        rows, run = compare(a, b, pairs=args.pairs, warmup=1, min_seconds=0.0)
+        rows, run = compare(a, b, pairs=args.pairs, warmup=1, min_seconds=0.0, aa=False)
         stages = {row.stage: row for row in rows}
         report |= {"tokens": tokens, "run": run, "ratios": {}}
         for stage in ("encode", "prefill", "decode"):
