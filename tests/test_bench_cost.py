@@ -224,3 +224,26 @@ def test_bad_sizes_and_names_are_said():
         request_of_sizes(replace(spec, max_pixels=100), shape, images=[(64, 64)])
     with pytest.raises(UnknownNameError, match="unknown connector 'mpl'"):
         connector_linears("mpl", 4, 4)
+
+
+def test_peak_memory_counts_weights_cache_and_the_worst_moment():
+    from foveate.bench.cost import activation_bytes
+
+    shape, device = shape_of("nvila-8b"), devices()["h200"]
+    small = request_of_sizes(PreprocessSpec(), shape, images=[(448, 448)], text=64, new=8)
+    large = request_of_sizes(PreprocessSpec(), shape, images=[(1920, 1080)], text=64, new=8)
+    found = [estimate(shape, request, device)["bytes"] for request in (small, large)]
+    assert found[0]["peak"] < found[1]["peak"]
+    for request, row in zip((small, large), found):
+        assert row["peak"] == row["weights"] + row["kv"] + activation_bytes(shape, request)
+    half = replace(large, kept=large.kept // 2)
+    assert activation_bytes(shape, half) <= activation_bytes(shape, large)
+    assert activation_bytes(shape, large, "float32") > activation_bytes(shape, large)
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_says_why():
+    from foveate.bench.memory import Job, peak
+
+    with pytest.raises(InputError, match="unknown model 'nanoo'"):
+        peak(Job("nanoo"))

@@ -344,7 +344,7 @@ def activation_bytes(shape: ModelShape, request: Request, dtype: str = "bfloat16
     wide results of a gated MLP, and what comes out. The pixels are float32 on their way in.
     """
     size = bytes_of(dtype)
-    rows = request.views * shape.patches
+    rows = sum(height * width for height, width in request.grids) or request.views * shape.patches
     tower = rows * (3 * shape.vision_width + 2 * shape.vision_mlp) * size
     pixels = rows * shape.patch_inputs * (4 + size)
     wide = max([shape.width, *(outputs for _, outputs in shape.connector)])
@@ -511,6 +511,9 @@ def estimate(
             "weights": sum(stored.values()),
             "kv_per_token": kv,
             "kv": kv * (request.cached + request.new),
+            "peak": sum(stored.values())
+            + kv * (request.cached + request.new)
+            + activation_bytes(shape, request, dtype),
             "read_prefill": moved["prefill"],
             "read_decode": moved["decode"],
         },

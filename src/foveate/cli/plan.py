@@ -107,7 +107,7 @@ def show(result: dict[str, Any], args: argparse.Namespace, machine: str) -> None
     kept = "" if tokens["kept"] == tokens["visual"] else f" ({tokens['kept']} kept)"
     print(f"{args.model}: {tokens['text']} text + {tokens['visual']} visual tokens{kept}, {tokens['views']} views")
     cache = f"{human(total['kv'], 'B')} ({human(total['kv_per_token'], 'B')} a token)"
-    print(f"weights {human(total['weights'], 'B')}, cache {cache}\n")
+    print(f"weights {human(total['weights'], 'B')}, cache {cache}, peak about {human(total['peak'], 'B')}\n")
     names = {"decode": "decode, each token"}
     rows = [
         [names.get(stage, stage), human(result["flops"][stage], "FLOP"), f"{result['ms'][stage]:.3g} ms"]
