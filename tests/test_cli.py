@@ -333,7 +333,7 @@ def test_bench_json_has_the_promised_keys(run, nano_folder, monkeypatch):
     result = json.loads(out)
     assert code == 0 and {"device", "versions", "rows"} <= set(result)
     rows = {row["stage"]: row for row in result["rows"]}
-    assert set(rows) == {"preprocess", "encode", "select", "prefill", "decode", "ttft", "total"}
+    assert set(rows) == {"decode_image", "preprocess", "encode", "select", "prefill", "decode", "ttft", "total"}
     assert all({"ratio", "low", "high"} <= set(row) for row in rows.values())
     tokens = result["run"]["tokens"]
     assert tokens["a"]["kept"] == tokens["b"]["kept"] / 4 and result["run"]["recipe"] == "uniform(keep=0.25)"
