@@ -237,9 +237,11 @@ def test_a_search_that_died_goes_on_and_ends_the_same(vlm, tasks, tmp_path, monk
     again = optimize(vlm, budget, out=tmp_path / "part", say=lines.append, **options)
     assert any("going on from the log" in line for line in lines) and len(asked) == calls - 5
     assert again["recipe"] == whole["recipe"] and again["trials"] == whole["trials"]
-    with pytest.raises(InputError, match="log of another search: its seed"):
-        (tmp_path / "part" / "report.json").unlink()
-        optimize(vlm, budget, out=tmp_path / "part", seed=5, **options)
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "part" / "study.db").rename(other / "study.db")
+    with pytest.raises(InputError, match=r"log of another search: its (seed|questions)"):
+        optimize(vlm, budget, out=other, seed=5, **options)
 
 
 @pytest.mark.parametrize("strategy", ["halving", "milp", "p_sigmoid", "g_search", "genetic"])
