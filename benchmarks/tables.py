@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MARGIN, GOOD, WANTED = 0.3, 0.85, 8
 """A skill passes at chance + MARGIN; at least WANTED skills are meant to reach GOOD."""
+SELECTION, BEYOND = 0.03, 0.10
+"""What selecting may cost of the dense prefill, and how far the time to the first token may lie from its FLOPs."""
+PREDICTED_TIME, PREDICTED_MEMORY = 0.25, 0.10
+"""How far a plan may be off."""
 REAL_NOTES = {
     "easy-vqa": "drawn shapes, trained on its train split",
     "nlvr": "human sentences about rendered pictures, trained on a part of its dev split",
@@ -247,10 +251,118 @@ def cache(name: str, report: Row | None) -> str:
     return "\n\n".join([*parts, conditions(report)])
 
 
+# ---- speed
+
+
+def speed(name: str, report: Row | None) -> str:
+    """What each recipe of a reduction (of all, for "") costs and saves at every size; missed targets are marked."""
+    if report is None:
+        return missing("speed")
+    parts, found = [], False
+    for run in report["runs"]:
+        for size in run["sizes"]:
+            rows = [_speed_row(row, run) for row in size["rows"] if _is_of(row["recipe"], name) and "failed" not in row]
+            if not rows:
+                continue
+            found = True
+            head = [
+                "recipe",
+                "selection / dense prefill",
+                "TTFT / dense [95 %]",
+                "FLOPs predict",
+                "over it",
+                "pays from",
+            ]
+            parts.append(_speed_title(run, size) + "\n\n" + table(head, rows))
+    if not found:
+        return f"*Not taken yet: `benchmarks/results/speed.json` holds no recipe of `{name}`.*"
+    if not name:
+        parts += [_speed_memory(run) for run in report["runs"] if run.get("memory")]
+    marks = (
+        f"✗: selection above {SELECTION:.0%} of the dense prefill, or TTFT over {BEYOND:.0%} from what FLOPs predict."
+    )
+    return "\n\n".join([*parts, marks, conditions(report)])
+
+
+def _is_of(recipe: str, name: str) -> bool:
+    return not name or recipe.partition("(")[0] == name
+
+
+def _speed_title(run: Row, size: Row) -> str:
+    """What was asked of which model, and how noisy it was."""
+    media = (
+        f"a clip of {size['frames']} frames" if size["frames"] else f"a picture of {size['size'][0]}x{size['size'][1]}"
+    )
+    dense, again = size["dense"], size["again"]
+    noise = ", on a machine that was never quiet" if size["noisy"] else f", {size['discarded']} dropped"
+    threads = "1 thread" if run["threads"] == 1 else f"{run['threads']} threads"
+    tokens = f"{size['visual']} visual and {size['text']} text tokens"
+    return (
+        f"**`{run['preset']}`, {run['dtype']}, {threads}, {media}: {tokens}.** "
+        f"Dense: tower {dense['tower_ms'] / 1e3:.2f} s, prefill {dense['prefill_ms'] / 1e3:.2f} s; {size['rounds']} "
+        f"rounds{noise}; dense against itself {again['value']:.3f} [{again['low']:.3f}, {again['high']:.3f}]."
+    )
+
+
+def _speed_row(row: Row, run: Row) -> list[str]:
+    selection, ttft, over = row["selection_share"], row["ttft_ratio"], row["ttft_over_predicted"]
+    crossing = run["break_even"][row["recipe"]]
+    least, most = crossing["points"][0], crossing["points"][-1]
+    pays = f"{crossing['tokens']:.0f}" if crossing["tokens"] else f"≤ {least['tokens']}"
+    if crossing["tokens"] is None and most["ratio"] >= 1:
+        pays = f"> {most['tokens']}"
+    return [
+        f"`{row['recipe']}`",
+        f"{selection['value']:.1%}" + (" ✗" if selection["value"] > SELECTION else ""),
+        f"{ttft['value']:.3f} [{ttft['low']:.3f}, {ttft['high']:.3f}]",
+        f"{row['ttft_predicted']:.3f}",
+        f"{over - 1:+.1%}".replace("-", "−") + (" ✗" if abs(over - 1) > BEYOND else ""),
+        pays,
+    ]
+
+
+def _speed_memory(run: Row) -> str:
+    rows = [
+        [f"`{row['recipe']}`" if row["recipe"] else "dense", f"{row['peak'] / 1e6:.0f}", f"{row['weights'] / 1e6:.0f}"]
+        for row in run["memory"]
+    ]
+    size = run["memory"][0]["size"]
+    head = [f"`{run['preset']}`, {run['dtype']}, {size[0]}x{size[1]}", "peak MB", "of which weights"]
+    return table(head, rows)
+
+
+def plan_check(report: Row | None) -> str:
+    """Predicted over measured, time by stage and peak memory."""
+    if report is None:
+        return missing("plan_check")
+    rows = []
+    for row in report["rows"]:
+        cells = []
+        for stage in ("tower", "prefill", "decode", "ttft"):
+            pair = row["stages"][stage]
+            mark = "" if abs(pair["ratio"] - 1) <= PREDICTED_TIME else " ✗"
+            cells.append(f"{pair['predicted']:.3g} / {pair['measured']:.3g}{mark}")
+        memory = row.get("memory")
+        shown = ""
+        if memory:
+            mark = "" if abs(memory["ratio"] - 1) <= PREDICTED_MEMORY else " ✗"
+            shown = f"{row['bytes']['peak'] / 1e6:.0f} / {memory['peak'] / 1e6:.0f}{mark}"
+        noisy = ", never quiet" if row["noisy"] else ""
+        what = f"`{row['preset']}` {row['dtype']}, {row['size'][0]}x{row['size'][1]}{noisy}"
+        rows.append([what, f"`{row['recipe']}`" if row["recipe"] else "dense", *cells, shown])
+    head = ["model", "recipe", "tower ms", "prefill ms", "a token ms", "TTFT ms", "peak MB"]
+    note = (
+        f"Predicted / measured; ✗: time off by more than {PREDICTED_TIME:.0%} or memory by more than "
+        f"{PREDICTED_MEMORY:.0%}. Machine: {report['machine']['source']}."
+    )
+    return f"{table(head, rows)}\n\n{note}\n\n{conditions(report)}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Row | None], str]]] = {
     "nano_quality": ("nano_quality", nano_quality),
     "nano_real": ("nano_quality", nano_real),
     "nano_limits": ("nano_quality", nano_limits),
+    "plan_check": ("plan_check", plan_check),
 }
 
 
@@ -262,8 +374,13 @@ def make(name: str, results: Path = RESULTS) -> str:
         return weights(name.partition("_")[2], load("weights", results))
     if name == "cache" or name.startswith("cache_"):
         return cache(name.partition("_")[2], load("cache", results))
+    if name == "speed" or name.startswith("speed_"):
+        return speed(name.partition("_")[2], load("speed", results))
     if name not in TABLES:
-        known = [*TABLES, *(f"{kind}{rest}" for kind in ("methods", "weights", "cache") for rest in ("", "_<name>"))]
+        known = [
+            *TABLES,
+            *(f"{kind}{rest}" for kind in ("methods", "weights", "cache", "speed") for rest in ("", "_<name>")),
+        ]
         raise SystemExit(f"unknown table {name!r}; known: {', '.join(known)}")
     file, build = TABLES[name]
     return build(load(file, results))

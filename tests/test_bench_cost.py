@@ -11,18 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from foveate.bench.cost import (
-    Device,
     Effect,
     ModelShape,
     Request,
     connector_linears,
-    devices,
     estimate,
     flops,
     kv_bytes,
     request_of_sizes,
     weights,
 )
+from foveate.bench.device import Device, devices
 from foveate.data.plan import plan
 from foveate.data.spec import PreprocessSpec
 from foveate.effect import cache_bytes_per_token

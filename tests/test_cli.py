@@ -308,6 +308,28 @@ def test_plan_as_text_and_its_mistakes(run):
     fails(run("plan", "nvila-9b"), "nvila-9b", "nvila-8b")
     fails(run("plan", "nano", "--image", "12"), "12", "1920x1080")
     fails(run("plan", "nano", "--device", "tpu"), "tpu", "h200")
+    fails(run("plan", "nano", "--threads", 2), "--threads", "--calibrate")
+    layers = "visual tokens by layer: 96 from layer 0, 24 from layer 2"
+    assert layers in run("plan", "nano", "--image", "96x64", "--recipe", "fastv(keep=0.25, layer=2)")[1]
+
+
+def test_plan_calibrates_this_machine_and_finds_it_again(run, monkeypatch, tmp_path):
+    from foveate.bench import calibrate
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibrate, "PRODUCTS", calibrate.PRODUCTS[:2])
+    monkeypatch.setattr(calibrate, "LENGTHS", (16, 32))
+    monkeypatch.setattr(calibrate, "READ", 1 << 16)
+    real = calibrate.calibrate
+    monkeypatch.setattr(calibrate, "calibrate", lambda **options: real("cpu", seconds=0.0, **options))
+    fails(run("plan", "nano", "--device", "here"), "--calibrate")
+    assert json.loads(run("plan", "nano", "--json")[1])["device"] == "h200"
+    code, out, err = run("plan", "nano", "--calibrate", "--threads", 1, "--dtype", "float32", "--image", "96x64")
+    assert code == 0 and "this machine" in out and "matrix products, bfloat16" in err and str(tmp_path) in err
+    for device in ((), ("--device", "here"), ("--device", "this-machine")):
+        assert json.loads(run("plan", "nano", *device, "--json")[1])["device"] == "this-machine"
+    assert "this-machine" in run("plan", "--device", "list")[1]
+    fails(run("plan", "nano", "--dtype", "float16"), "float16", "not measured")
     fails(run("plan", "nano", "--frames", "900"), "tokens", "nano takes")
 
 
@@ -323,23 +345,35 @@ def test_methods_json_has_the_promised_keys(run):
 
 
 def test_bench_json_has_the_promised_keys(run, nano_folder, monkeypatch):
-    from foveate.bench import requests, timing
+    from foveate.bench import breakeven, memory, requests, timing
 
     monkeypatch.setattr(timing, "busy_machine", lambda load, steal: False)
     real = requests.bench
     monkeypatch.setattr(requests, "bench", lambda *a, **k: real(*a, **k, min_seconds=0.0))
+    crossed = breakeven.break_even
+    monkeypatch.setattr(breakeven, "break_even", lambda *a, **k: crossed(*a, **k, min_seconds=0.0))
+    monkeypatch.setattr(memory, "peak", lambda job: {"peak": 1e6 if job.recipe else 2e6})
     argv = ["bench", nano_folder, "--reduce", "uniform(keep=0.25)", "--pairs", 2, "--new-tokens", 2]
-    code, out, _ = run(*argv, "--images", "96x64", "--json")
+    code, out, _ = run(*argv, "--images", "96x64", "--memory", "--break-even", "--json")
     result = json.loads(out)
+    assert result["memory"] == {"a": {"peak": 1e6}, "b": {"peak": 2e6}}
+    crossing = result["break_even"]
+    assert {"tokens", "low", "high", "points", "text"} <= set(crossing) and crossing["stages"] == ["select", "prefill"]
     assert code == 0 and {"device", "versions", "rows"} <= set(result)
     rows = {row["stage"]: row for row in result["rows"]}
-    assert set(rows) == {"decode_image", "preprocess", "encode", "select", "prefill", "decode", "ttft", "total"}
+    stages = {"decode_image", "preprocess", "tower", "select", "prefill", "decode"}
+    assert set(rows) == stages | {"ttft", "total"}
     assert all({"ratio", "low", "high"} <= set(row) for row in rows.values())
     tokens = result["run"]["tokens"]
     assert tokens["a"]["kept"] == tokens["b"]["kept"] / 4 and result["run"]["recipe"] == "uniform(keep=0.25)"
     monkeypatch.setattr(requests, "bench", lambda *a, **k: result)
     code, out, _ = run(*argv)
     assert code == 0 and "A / B" in out and "2 pairs" in out
+    monkeypatch.setattr(breakeven, "break_even", lambda *a, **k: crossing)
+    code, out, _ = run(*argv, "--memory", "--break-even")
+    assert code == 0 and crossing["text"] in out and "peak memory" in out and "2 MB" in out
+    fails(run("bench", nano_folder, "--break-even"), "--break-even", "--reduce")
+    fails(run("bench", nano_folder, "--memory", "--frames", 4), "--memory", "--frames")
 
 
 # ---- world, convert, compress

@@ -17,6 +17,7 @@ from torch import Tensor
 from foveate.adapters.base import Encoded
 from foveate.adapters.layout import VisualLayout
 from foveate.adapters.tower import States, asked, capture, measure
+from foveate.clock import charge
 from foveate.method import signal_for
 
 if TYPE_CHECKING:
@@ -108,11 +109,12 @@ def _run(adapter: Any, block: Any, views: list[View], steps: Sequence[Step], wan
             if not watched:
                 continue
             own = States(*(seen[name][0][position : position + 1] for name in "qkv"), states[position : position + 1])
-            signals = {name: _signal(adapter, name, own, view, facts) for _, name in named}
-            view.signals.update({ask.name: _signal(adapter, ask.name, own, view, facts, ask) for ask in wanted})
-            for step in steps:
-                told = {name: value for name, value in signals.items() if (step, name) in named}
-                view.reduce(step.select(told, view.layout))
+            with charge("select"):
+                signals = {name: _signal(adapter, name, own, view, facts) for _, name in named}
+                view.signals.update({ask.name: _signal(adapter, ask.name, own, view, facts, ask) for ask in wanted})
+                for step in steps:
+                    told = {name: value for name, value in signals.items() if (step, name) in named}
+                    view.reduce(step.select(told, view.layout))
     if mid:
         for length in sorted({len(view.hidden) for view in views}):
             group = [view for view in views if len(view.hidden) == length]

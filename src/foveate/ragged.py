@@ -22,8 +22,8 @@ from foveate.rows import Row, pad, places
 if TYPE_CHECKING:
     from foveate.adapters.base import Adapter
     from foveate.adapters.layout import VisualLayout
+    from foveate.clock import Clock
     from foveate.reduce.base import Step
-    from foveate.runtime import Clock
 
 
 @dataclass

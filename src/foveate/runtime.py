@@ -5,10 +5,8 @@ All state of a request lives in the objects of this module and in its cache, nev
 
 from __future__ import annotations
 
-import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from foveate.adapters.shape import INSIDE
+from foveate.clock import Clock
 from foveate.encoder_site import encode_reduced
 from foveate.errors import BudgetError
 from foveate.method import signal_for
@@ -27,38 +26,6 @@ if TYPE_CHECKING:
     from foveate.data.execute import Inputs
     from foveate.data.plan import Plan
     from foveate.reduce.base import Step
-
-STAGES = ("preprocess", "encode", "select", "prefill", "decode")
-
-
-class Clock:
-    """Milliseconds per stage, with the device's queue drained at each boundary. A stage inside another one counts for
-    itself only, not for the outer one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._open: list[str] = []
-        self.ms = dict.fromkeys(STAGES, 0.0)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        if self._open:
-            self._drain()
-        self._open.append(name)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._drain()
-            spent = (time.perf_counter() - start) * 1e3
-            self.ms[name] += spent
-            self._open.pop()
-            if self._open:
-                self.ms[self._open[-1]] -= spent
-
-    def _drain(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 @dataclass(frozen=True)

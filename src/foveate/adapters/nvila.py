@@ -15,6 +15,7 @@ from transformers import Cache
 from foveate.adapters.base import COMMON_SIGNALS, Adapter, Encoded
 from foveate.adapters.layout import NEWLINE, VALID, VisualLayout
 from foveate.adapters.tower import PATCH_SIGNALS, Asked, Attention, States, asked, capture, measure
+from foveate.clock import charge
 from foveate.data.execute import normalise
 from foveate.nvila.features import join_scales, join_tiles, pool_frames, split_tiles, tiles_per_image
 
@@ -128,9 +129,10 @@ class NvilaAdapter(Adapter):
                 yield torch.cat(parts) if parts else empty
 
         out = [Encoded(part) for part in of_requests(images, clips, nothing)]
-        for name in image_maps:
-            for encoded, part in zip(out, of_requests(image_maps[name], clip_maps[name], torch.zeros(0))):
-                encoded.signals[name] = part
+        with charge("select"):
+            for name in image_maps:
+                for encoded, part in zip(out, of_requests(image_maps[name], clip_maps[name], torch.zeros(0))):
+                    encoded.signals[name] = part
         return out
 
     def _run(
@@ -163,13 +165,14 @@ class NvilaAdapter(Adapter):
             method = self.model.get_video_features if video else self.model.get_image_features
             with capture(watched) as seen:
                 features += method(part, units[first:last]).pooler_output
-            for ask in wanted:
-                states = States(*(torch.cat(seen[f"{kind}{ask.block}"]) for kind in ("q", "k", "v", "")))
-                facts = self.attention_of(self.blocks[ask.block])
-                views = measure(ask.kind, states, facts.heads, facts.scale, cls=False)
-                views = views.mean(dim=-1) if ask.averaged else views
-                for unit, values in zip(units[first:last], views.split(counts[first:last])):
-                    maps[ask.name].append(self._to_tokens(values, unit, video))
+            with charge("select"):
+                for ask in wanted:
+                    states = States(*(torch.cat(seen[f"{kind}{ask.block}"]) for kind in ("q", "k", "v", "")))
+                    facts = self.attention_of(self.blocks[ask.block])
+                    views = measure(ask.kind, states, facts.heads, facts.scale, cls=False)
+                    views = views.mean(dim=-1) if ask.averaged else views
+                    for unit, values in zip(units[first:last], views.split(counts[first:last])):
+                        maps[ask.name].append(self._to_tokens(values, unit, video))
         return features, maps
 
     def _to_tokens(self, values: Tensor, unit: Any, video: bool) -> Tensor:

@@ -20,6 +20,7 @@ from foveate.adapters.hf import PATCHES_PER_PASS, HfAdapter
 from foveate.adapters.layouts import mrope
 from foveate.adapters.sizes import Sizes
 from foveate.adapters.tower import Asked, Attention, asked, capture, received
+from foveate.clock import charge
 from foveate.data.execute import normalise
 
 if TYPE_CHECKING:
@@ -162,10 +163,11 @@ class Qwen2VLAdapter(HfAdapter):
         order = window_order(self.tower, grids)
         back = None if order is None else torch.argsort(order)
         found = {}
-        for ask in wanted:
-            value = self._measure(ask, seen)
-            value = value.unflatten(0, (-1, self.spec.downsample**2)).mean(dim=1)
-            found[ask.name] = value if back is None else value[back]
+        with charge("select"):
+            for ask in wanted:
+                value = self._measure(ask, seen)
+                value = value.unflatten(0, (-1, self.spec.downsample**2)).mean(dim=1)
+                found[ask.name] = value if back is None else value[back]
         return output.pooler_output, list(getattr(output, "deepstack_features", ())), found
 
     def _measure(self, ask: Asked, seen: dict[str, list[Any]]) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from foveate.clock import charge
 from foveate.errors import UnsupportedError
 
 PATCH_SIGNALS = ("received_attention", "keys", "values", "hidden")
@@ -23,6 +24,8 @@ CLS_SIGNALS = ("cls_attention", "cls_logits", "cls_query", "cls_key", "cls_value
 """Signals of a tower with a CLS token, whose first token it is."""
 PER_VIEW = ("cls_query", "cls_key", "cls_value")
 """Signals of CLS itself: one row for each encoded view instead of one for each token."""
+HELD = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Attention entries that are held at a time, by kind of device."""
 _AVERAGED = ("received_attention", "cls_attention")
 
 
@@ -105,22 +108,24 @@ def measure(kind: str, states: States, heads: int, scale: float, cls: bool) -> T
     return (logits.softmax(dim=1) if kind == "cls_attention" else logits)[:, 1:]
 
 
-def received(query: Tensor, key: Tensor, heads: int, scale: float, limit: int = 1 << 25) -> Tensor:
+def received(query: Tensor, key: Tensor, heads: int, scale: float, limit: int | None = None) -> Tensor:
     """How much attention each token receives in each head: mean over queries of softmax(q k^T * scale).
 
     query, key: [n, T, heads * d]. Returns [n, T, heads] float32; each head of a sequence sums to 1.
-    limit: attention entries held at a time; queries are taken in turns, so that memory stays bounded.
+    limit: attention entries held at a time (None: as many as suit the device), which bounds the memory; a CPU is five
+    times faster when they fit its caches.
     """
     n, tokens, _ = query.shape
-    q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))  # [n, heads, T, d]
-    total = torch.zeros(n, heads, tokens, device=query.device)
-    rows = max(1, min(tokens, limit // max(1, heads * tokens)))
-    step = max(1, limit // max(1, heads * tokens * rows))
-    for start in range(0, n, step):
+    limit = limit or HELD.get(query.device.type, HELD["cuda"])
+    q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for x in (query, key))  # [n * heads, T, d]
+    total = torch.zeros(n * heads, tokens, device=query.device)
+    rows = max(1, min(tokens, limit // max(1, tokens)))
+    step = max(1, limit // max(1, tokens * rows))
+    for start in range(0, n * heads, step):
         for row in range(0, tokens, rows):
-            logits = q[start : start + step, :, row : row + rows] @ k[start : start + step].transpose(-1, -2)
-            total[start : start + step] += (logits.float() * scale).softmax(dim=-1).sum(dim=2)
-    return (total / tokens).transpose(1, 2)
+            logits = q[start : start + step, row : row + rows] @ k[start : start + step].transpose(-1, -2)
+            total[start : start + step] += (logits.float() * scale).softmax(dim=-1).sum(dim=1)
+    return (total / tokens).view(n, heads, tokens).transpose(1, 2)
 
 
 def run_blocks(
@@ -142,9 +147,10 @@ def run_blocks(
         with capture({"q": facts.q, "k": facts.k, "v": facts.v}) as seen:
             hidden = run(block, hidden)
         states = States(seen["q"][0], seen["k"][0], seen["v"][0], hidden)
-        for ask in here:
-            value = measure(ask.kind, states, facts.heads, facts.scale, cls)
-            found[ask.name] = value.mean(dim=-1) if ask.averaged else value
+        with charge("select"):
+            for ask in here:
+                value = measure(ask.kind, states, facts.heads, facts.scale, cls)
+                found[ask.name] = value.mean(dim=-1) if ask.averaged else value
     return hidden, found
 
 

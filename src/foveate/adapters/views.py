@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from foveate.adapters.base import Encoded
 from foveate.adapters.hf import PATCHES_PER_PASS, HfAdapter
 from foveate.adapters.tower import CLS_SIGNALS, PER_VIEW, Asked, Attention, asked, run_blocks
+from foveate.clock import charge
 from foveate.data.execute import normalise
 
 if TYPE_CHECKING:
@@ -129,15 +130,16 @@ class ViewsAdapter(HfAdapter):
         else:
             features = self._per_request(self.connect(patches), plans, layouts)
         out = [Encoded(part) for part in features]
-        for ask in wanted:
-            values = found[ask.name]
-            if ask.kind in PER_VIEW:
-                counts = [sum(len(media.views) for media in plan.media) for plan in plans]
-                parts = list(values.split(counts))
-            else:
-                parts = self._per_request(self.pool(values), plans, layouts)
-            for encoded, part in zip(out, parts):
-                encoded.signals[ask.name] = part
+        with charge("select"):
+            for ask in wanted:
+                values = found[ask.name]
+                if ask.kind in PER_VIEW:
+                    counts = [sum(len(media.views) for media in plan.media) for plan in plans]
+                    parts = list(values.split(counts))
+                else:
+                    parts = self._per_request(self.pool(values), plans, layouts)
+                for encoded, part in zip(out, parts):
+                    encoded.signals[ask.name] = part
         return out
 
     def _run(self, views: list[np.ndarray], wanted: list[Asked]) -> tuple[Tensor, dict[str, Tensor]]:

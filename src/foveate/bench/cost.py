@@ -17,14 +17,14 @@ Weights and caches of a recipe are not formulas: a method builds its layer witho
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from foveate.bench.device import Device
+from foveate.bench.roofline import stage_ms
 from foveate.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -251,12 +251,16 @@ def flops(shape: ModelShape, request: Request, *, causal: bool = True, selection
 
 def tower_flops(shape: ModelShape, request: Request) -> float:
     """FLOPs of the tower: patch embedding, the linear layers of every row, CLS among them, and attention by view."""
-    cls = shape.sizes.cls if shape.sizes else 0
-    patches = [rows * cols for rows, cols in request.grids] or [shape.patches] * request.views
-    rows = sum(patches) + cls * len(patches)
-    work = 2 * shape.patch_inputs * shape.vision_width * sum(patches)
+    patches, rows = tower_rows(shape, request)
+    work = 2 * shape.patch_inputs * shape.vision_width * patches
     work += 2 * shape.vision_layers * shape.tower_layer_params * rows
     return float(work + 4 * shape.vision_width * attended(shape, request))
+
+
+def tower_rows(shape: ModelShape, request: Request) -> tuple[int, int]:
+    """(patches, rows of the linear layers, CLS among them) of all views."""
+    views = [rows * cols for rows, cols in request.grids] or [shape.patches] * request.views
+    return sum(views), sum(views) + (shape.sizes.cls if shape.sizes else 0) * len(views)
 
 
 def attended(shape: ModelShape, request: Request) -> int:
@@ -344,7 +348,7 @@ def activation_bytes(shape: ModelShape, request: Request, dtype: str = "bfloat16
     wide results of a gated MLP, and what comes out. The pixels are float32 on their way in.
     """
     size = bytes_of(dtype)
-    rows = sum(height * width for height, width in request.grids) or request.views * shape.patches
+    _, rows = tower_rows(shape, request)
     tower = rows * (3 * shape.vision_width + 2 * shape.vision_mlp) * size
     pixels = rows * shape.patch_inputs * (4 + size)
     wide = max([shape.width, *(outputs for _, outputs in shape.connector)])
@@ -453,30 +457,6 @@ def bytes_of(dtype: Any) -> int:
     return BYTES[name]
 
 
-@dataclass(frozen=True)
-class Device:
-    """A machine's rates: FLOP/s and bytes/s by dtype, and the fraction of them that real kernels reach."""
-
-    name: str
-    label: str
-    flops: dict[str, float]
-    bandwidth: dict[str, float]
-    reach: dict[str, float]
-    source: str
-
-    def ms(self, flop: float, moved: float, dtype: str) -> float:
-        """Roofline time in milliseconds: the slower of computing and reading."""
-        compute = flop / (self.flops[dtype] * self.reach["flops"])
-        read = moved / (self.bandwidth.get(dtype, self.bandwidth.get("", 0.0)) * self.reach["bandwidth"])
-        return 1000 * max(compute, read)
-
-
-def devices() -> dict[str, Device]:
-    """The table of machines, shipped as data."""
-    text = resources.files("foveate.bench").joinpath("devices.json").read_text(encoding="utf-8")
-    return {name: Device(name, **row) for name, row in json.loads(text).items()}
-
-
 def estimate(
     shape: ModelShape,
     request: Request,
@@ -496,13 +476,15 @@ def estimate(
     kv = kv_bytes(shape, dtype, effect.cache)
     work = flops(shape, request, selection=effect.selection_flops(shape, request))
     moved = bytes_moved(shape, request, stored, kv)
-    times = {stage: device.ms(work[stage], moved[stage], dtype) for stage in STAGES}
+    activations = activation_bytes(shape, request, dtype)
+    times = stage_ms(shape, request, device, dtype, work, moved)
     first = sum(times[stage] for stage in STAGES[:-1])
     return {
         "tokens": {
             "text": request.text,
             "visual": request.visual,
             "kept": request.kept,
+            "per_layer": list(request.per_layer or (request.kept,) * shape.layers),
             "prompt": request.prompt,
             "views": request.views,
         },
@@ -511,9 +493,8 @@ def estimate(
             "weights": sum(stored.values()),
             "kv_per_token": kv,
             "kv": kv * (request.cached + request.new),
-            "peak": sum(stored.values())
-            + kv * (request.cached + request.new)
-            + activation_bytes(shape, request, dtype),
+            "activations": activations,
+            "peak": sum(stored.values()) + kv * (request.cached + request.new) + activations,
             "read_prefill": moved["prefill"],
             "read_decode": moved["decode"],
         },

@@ -152,7 +152,7 @@ def _run_pairs(
     inputs = 0
     with _quiet_collector():
         while len(kept) < pairs and len(kept) + len(dropped) < 2 * pairs:
-            before = _ticks()
+            before = ticks()
             if rng.random() < 0.5:
                 times_a = _timed(a, inputs, repeats)
                 times_b = _timed(b, inputs, repeats)
@@ -160,7 +160,7 @@ def _run_pairs(
                 times_b = _timed(b, inputs, repeats)
                 times_a = _timed(a, inputs, repeats)
             inputs += repeats
-            busy = is_busy(_load(), _steal(before, _ticks()))
+            busy = is_busy(load_average(), stolen(before, ticks()))
             (dropped if busy else kept).append((times_a, times_b))
             if on_pair:
                 on_pair()
@@ -197,7 +197,7 @@ def _quiet_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _load() -> float:
+def load_average() -> float:
     """Load average of the last minute per core; 0 where the system does not say."""
     try:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
@@ -205,7 +205,7 @@ def _load() -> float:
         return 0.0
 
 
-def _ticks() -> tuple[int, int]:
+def ticks() -> tuple[int, int]:
     """(stolen, total) processor ticks since boot; zeros where /proc is missing."""
     try:
         fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
@@ -214,7 +214,7 @@ def _ticks() -> tuple[int, int]:
     return fields[7] if len(fields) > 7 else 0, sum(fields)
 
 
-def _steal(before: tuple[int, int], after: tuple[int, int]) -> float:
+def stolen(before: tuple[int, int], after: tuple[int, int]) -> float:
     spent = after[1] - before[1]
     return (after[0] - before[0]) / spent if spent > 0 else 0.0
 
@@ -230,7 +230,7 @@ def machine() -> tuple[dict[str, Any], dict[str, str]]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(_load(), 2),
+        "load": round(load_average(), 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     versions = {

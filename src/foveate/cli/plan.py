@@ -25,8 +25,16 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--recipe", metavar="R", help='text or file, for example "uniform(keep=0.5) + rtn(bits=4)"')
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument(
-        "--device", metavar="D", help="machine of the time estimate, or 'list' (default: h200)", default="h200"
+        "--device",
+        metavar="D",
+        default="auto",
+        help="machine of the time estimate, 'here' for this one, or 'list' (default: this one if it was calibrated, "
+        "else h200)",
     )
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure what this machine reaches first, and keep it (some seconds)"
+    )
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="threads of torch while calibrating")
 
 
 def size(text: str) -> tuple[int, int]:
@@ -40,22 +48,28 @@ def size(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from foveate.bench.cost import Effect, devices, estimate, request_of_sizes
+    from foveate.bench.cost import Effect, estimate, request_of_sizes
+    from foveate.bench.device import chosen, devices
 
+    if args.threads and not args.calibrate:
+        raise InputError("--threads says how to calibrate; give --calibrate with it")
+    if args.calibrate:
+        calibrate(args.threads, quiet=args.json)
     machines = devices()
     if args.device == "list":
         rows = [[d.name, d.label, human(d.flops["bfloat16"], "FLOP/s"), d.source] for d in machines.values()]
         print_json([row[0] for row in rows]) if args.json else print_table(["device", "", "bf16", "from"], rows, left=4)
         return 0
-    if args.device not in machines:
-        raise UnknownNameError(f"unknown device {args.device!r}: known: {', '.join(machines)}")
+    device = chosen("here" if args.calibrate and args.device == "auto" else args.device, machines)
+    if device is None:
+        raise UnknownNameError(f"unknown device {args.device!r}: known: here, {', '.join(machines)}")
     shape, spec, limit, saved = shape_of(args.model)
     asked = parse_recipe(args.recipe)
     recipe = saved + asked if asked else saved
     request = request_of_sizes(
         spec, shape, images=args.image, frames=args.frames, text=args.prompt_tokens, new=args.new_tokens
     )
-    result = estimate(shape, request, machines[args.device], dtype=args.dtype, effect=Effect.of(recipe))
+    result = estimate(shape, request, device, dtype=args.dtype, effect=Effect.of(recipe))
     longest = result["tokens"]["prompt"] + request.new
     if longest > limit:
         raise InputError(
@@ -63,10 +77,34 @@ def run(args: argparse.Namespace) -> int:
             "fewer frames, or a recipe that keeps fewer tokens"
         )
     if args.json:
-        print_json({**result, "model": args.model, "recipe": recipe.text() or None, "device": args.device})
+        print_json({**result, "model": args.model, "recipe": recipe.text() or None, "device": device.name})
     else:
-        show(result, args, machines[args.device].label)
+        show(result, args, device.label)
     return 0
+
+
+def calibrate(threads: int | None, quiet: bool) -> None:
+    """Measure this machine, keep what was found, and say it on stderr."""
+    import sys
+
+    import torch
+
+    from foveate.bench import calibrate as measured
+    from foveate.bench.roofline import table
+    from foveate.progress import progress
+
+    before = torch.get_num_threads()
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        with progress("calibrate", measured.measurements(torch.cuda.is_available())) as bar:
+            device = measured.calibrate(advance=bar.advance)
+    finally:
+        torch.set_num_threads(before)
+    path = measured.store(device)
+    if not quiet:
+        rows = [f"{what}, {dtype}: {human(rate, unit)}" for what, dtype, rate, unit in table(device)]
+        print(f"{device.label}, {device.source}\n  " + "\n  ".join(rows) + f"\nkept in {path}\n", file=sys.stderr)
 
 
 def shape_of(model: str) -> tuple[ModelShape, PreprocessSpec, int, Recipe]:
@@ -107,7 +145,12 @@ def show(result: dict[str, Any], args: argparse.Namespace, machine: str) -> None
     kept = "" if tokens["kept"] == tokens["visual"] else f" ({tokens['kept']} kept)"
     print(f"{args.model}: {tokens['text']} text + {tokens['visual']} visual tokens{kept}, {tokens['views']} views")
     cache = f"{human(total['kv'], 'B')} ({human(total['kv_per_token'], 'B')} a token)"
-    print(f"weights {human(total['weights'], 'B')}, cache {cache}, peak about {human(total['peak'], 'B')}\n")
+    print(f"weights {human(total['weights'], 'B')}, cache {cache}, peak about {human(total['peak'], 'B')}")
+    layers = tokens["per_layer"]
+    if len(set(layers)) > 1:
+        starts = [index for index in range(len(layers)) if not index or layers[index] != layers[index - 1]]
+        print("visual tokens by layer: " + ", ".join(f"{layers[index]} from layer {index}" for index in starts))
+    print()
     names = {"decode": "decode, each token"}
     rows = [
         [names.get(stage, stage), human(result["flops"][stage], "FLOP"), f"{result['ms'][stage]:.3g} ms"]

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+from foveate.clock import OPENING, charge
 from foveate.data.sample import ImageSource
 from foveate.data.spec import PreprocessSpec
 from foveate.errors import InputError
@@ -57,6 +58,11 @@ def load_image(source: ImageSource | Any, spec: PreprocessSpec = _DEFAULTS) -> I
     """
     if not isinstance(source, ImageSource):
         source = ImageSource(source)
+    with charge(OPENING):
+        return _load(source, spec)
+
+
+def _load(source: ImageSource, spec: PreprocessSpec) -> Image.Image:
     data = source.data
     if isinstance(data, np.ndarray):
         check_size(_array_size(data, source.name), source.name, spec)

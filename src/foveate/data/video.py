@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from foveate.clock import OPENING, charge
 from foveate.data.images import check_size, image_size, load_image
 from foveate.data.sample import IMAGE_SUFFIXES, ImageSource, VideoSource
 from foveate.data.spec import PreprocessSpec
@@ -114,8 +115,19 @@ def decode_frames(
     if frames is not None:
         done = {i: convert(load_image(frames(i), spec)) for i in wanted}
     else:
-        done = _decode_file(source, wanted, info or _probe_file(source), convert)
+        with charge(OPENING):
+            done = _decode_file(source, wanted, info or _probe_file(source), _cutting(convert))
     return [done[i] for i in indices]
+
+
+def _cutting(convert: Callable[[Image.Image], Any]) -> Callable[[Image.Image], Any]:
+    """`convert`, whose time is not that of decoding."""
+
+    def cut(image: Image.Image) -> Any:
+        with charge("preprocess"):
+            return convert(image)
+
+    return cut
 
 
 class _Frames:
