@@ -11,6 +11,7 @@ busy machine are dropped whole and counted. Weights are random, so what is chose
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from pathlib import Path
@@ -238,7 +239,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--add", action="store_true", help="keep what the file holds of other presets and dtypes")
+    parser.add_argument("--add", action="store_true", help="keep what the file holds of other sizes and presets")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
     args = parser.parse_args()
 
@@ -248,20 +249,21 @@ def main() -> None:
     methods = recipes(vlm, args.keep, args.methods)
     asked = loads(args.sizes)
     run: dict[str, Any] = {"preset": args.preset, "dtype": args.dtype, "threads": args.threads, "sizes": []}
-    earlier = []
+    earlier: list[dict[str, Any]] = []
     if args.add and args.out.is_file():
-        import json
-
-        earlier = [
-            r
-            for r in json.loads(args.out.read_text())["runs"]
-            if (r["preset"], r["dtype"]) != (args.preset, args.dtype)
-        ]
+        for known in json.loads(args.out.read_text())["runs"]:
+            if (known["preset"], known["dtype"]) == (args.preset, args.dtype):
+                run = known
+            else:
+                earlier.append(known)
     with progress("speed", len(asked) * args.rounds * (len(methods) + 2)) as bar, torch.inference_mode():
         for load in asked:
-            run["sizes"].append(measured(vlm, load, methods, args.rounds, bar))
+            found = measured(vlm, load, methods, args.rounds, bar)
+            others = [one for one in run["sizes"] if (one["size"], one["frames"]) != (found["size"], found["frames"])]
+            run["sizes"] = sorted([*others, found], key=lambda one: one["visual"])
             run["break_even"] = break_evens(run["sizes"])
-            run["seconds"] = round(time.monotonic() - started, 1)
+            run["seconds"] = round(run.get("seconds", 0.0) + time.monotonic() - started, 1)
+            started = time.monotonic()
             write_json(args.out, run_header() | {"seed": SEED, "runs": [*earlier, run]})
     if not args.no_memory:
         picture = next((load for load in reversed(asked) if not load.frames), None)

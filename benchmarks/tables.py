@@ -311,12 +311,13 @@ def _speed_row(row: Row, run: Row) -> list[str]:
     pays = f"{crossing['tokens']:.0f}" if crossing["tokens"] else f"≤ {least['tokens']}"
     if crossing["tokens"] is None and most["ratio"] >= 1:
         pays = f"> {most['tokens']}"
+    counted = any(tokens < row["visual"] for tokens in row["per_layer"])  # counts do not know masks in layers
     return [
         f"`{row['recipe']}`",
         f"{selection['value']:.1%}" + (" ✗" if selection["value"] > SELECTION else ""),
         f"{ttft['value']:.3f} [{ttft['low']:.3f}, {ttft['high']:.3f}]",
-        f"{row['ttft_predicted']:.3f}",
-        f"{over - 1:+.1%}".replace("-", "−") + (" ✗" if abs(over - 1) > BEYOND else ""),
+        f"{row['ttft_predicted']:.3f}" if counted else "",
+        (f"{over - 1:+.1%}".replace("-", "−") + (" ✗" if abs(over - 1) > BEYOND else "")) if counted else "",
         pays,
     ]
 

@@ -30,12 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from foveate.adapters.decoder import Rotary, project, rotate, scale_of
+from foveate.adapters.tower import HELD
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-CHUNK = 1 << 24
-"""Attention entries held at a time."""
 
 
 @dataclass
@@ -111,10 +109,17 @@ class LayerView:
         return attention_rows(query, keys.float(), at, scale_of(layer))[..., self.visual]
 
     def _mean_attention(self, places: Tensor, following: bool) -> Tensor:
-        heads = self.layer.self_attn.config.num_attention_heads
-        size = max(1, CHUNK // (heads * len(self.hidden)))
-        total = sum(self._attention(part, following).sum(dim=1) for part in places.split(size))
-        return total / len(places)
+        """[H, N] mean over the rows of these places, ascending, of their attention over the visual tokens."""
+        layer, states = (self.layer, self.hidden) if following else (self.before, self.entered)
+        cos, sin = self.rotary
+        keys = (self._next("k") if following else self.keys).float()
+        query = project(layer, "q", states[places], (cos[places], sin[places])).float() * scale_of(layer)  # [H, R, d]
+        size = max(1, HELD.get(query.device.type, HELD["cuda"]) // (len(query) * len(self.hidden)))
+        total = query.new_zeros(len(query), len(self.hidden))
+        for rows, at in zip(query.split(size, dim=1), places.split(size)):
+            end = int(at[-1]) + 1  # later keys are masked in all of these rows
+            total[:, :end] += attention_rows(rows, keys[:, :end], at, 1.0).sum(dim=1)
+        return total[:, self.visual] / len(places)
 
 
 def attention_rows(query: Tensor, keys: Tensor, places: Tensor, scale: float) -> Tensor:
@@ -123,7 +128,10 @@ def attention_rows(query: Tensor, keys: Tensor, places: Tensor, scale: float) ->
     Query heads may be a multiple of key heads (grouped queries): each key head then serves neighbouring query heads.
     """
     heads, count = keys.shape[0], query.shape[1]
-    grouped = query.unflatten(0, (heads, -1)).flatten(1, 2)  # [heads, G * R, d]
-    logits = (grouped @ keys.transpose(-1, -2) * scale).unflatten(1, (-1, count)).flatten(0, 1)
-    future = torch.arange(keys.shape[1], device=keys.device) > places[:, None]
-    return logits.masked_fill(future, float("-inf")).softmax(dim=-1)
+    grouped = (query * scale if scale != 1 else query).unflatten(0, (heads, -1)).flatten(1, 2)  # [heads, G * R, d]
+    logits = (grouped @ keys.transpose(-1, -2)).unflatten(1, (-1, count)).flatten(0, 1)
+    first = int(places.min()) + 1  # from here on some row does not see a key
+    if first < keys.shape[1]:
+        future = torch.arange(first, keys.shape[1], device=keys.device) > places[:, None]
+        logits[..., first:].masked_fill_(future, float("-inf"))
+    return logits.softmax(dim=-1)

@@ -144,16 +144,32 @@ def thinned(
             out[b, gone[:, None], columns[b].to(hidden.device)] = 0
     hidden = hidden + attention.o_proj(out.transpose(1, 2).flatten(2))
     normed = layer.post_attention_layernorm(hidden)
-    inner = layer.mlp(normed)
+    narrow = [part is not None and part.channels < 1 and prompt for part in thin]
+    if not any(narrow):
+        return hidden + layer.mlp(normed)
+    inner = torch.empty_like(hidden)
     for b, part in enumerate(thin):
-        if part is not None and part.channels < 1 and prompt:
-            visual = columns[b].to(hidden.device)
-            inner[b, visual] = _narrow_mlp(layer.mlp, normed[b, visual], part.channels)
+        if not narrow[b]:
+            inner[b] = layer.mlp(normed[b])
+            continue
+        whole = torch.ones(new, dtype=torch.bool, device=hidden.device)
+        whole[columns[b].to(hidden.device)] = False
+        inner[b, whole] = layer.mlp(normed[b, whole])
+        inner[b, ~whole] = _narrow_mlp(layer.mlp, normed[b, ~whole], part.channels)
     return hidden + inner
 
 
 def _narrow_mlp(mlp: Any, states: Tensor, share: float) -> Tensor:
-    """A gated MLP with the first `share` of its inner channels. [N, D] -> [N, D]."""
+    """A gated MLP with the first `share` of its inner channels. [N, D] -> [N, D]. Plain layers compute no others."""
+    layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    if all(type(one) is nn.Linear for one in layers):
+        gate, up, down = layers
+        kept = max(1, int(gate.out_features * share))
+        gated, raised = (
+            nn.functional.linear(states, one.weight[:kept], None if one.bias is None else one.bias[:kept])
+            for one in (gate, up)
+        )
+        return nn.functional.linear(mlp.act_fn(gated) * raised, down.weight[:, :kept], down.bias)
     inner = mlp.act_fn(mlp.gate_proj(states)) * mlp.up_proj(states)
     inner[:, max(1, int(inner.shape[1] * share)) :] = 0
     return mlp.down_proj(inner)

@@ -72,20 +72,35 @@ class YOPO(Reducer):
                 f"{self.name}: dropped names head {wrong[0]}; this model has {shape.layers} layers of "
                 f"{shape.text_heads} heads"
             )
+        seen: list[tuple[VisualLayout, Tensor]] = []  # the layers of a request share their windows
         return tuple(
-            self.step("compute", partial(self.leave, layer=layer, cut=cut, heads=shape.text_heads), layer=layer)
+            self.step(
+                "compute", partial(self.leave, layer=layer, cut=cut, heads=shape.text_heads, seen=seen), layer=layer
+            )
             for layer in range(shape.layers)
         )
 
-    def leave(self, signals: dict[str, Tensor], layout: VisualLayout, *, layer: int, cut: int, heads: int) -> Compute:
-        """What one layer leaves out."""
-        window = None if self.window is None else neighbours(layout, self.window)
+    def leave(
+        self,
+        signals: dict[str, Tensor],
+        layout: VisualLayout,
+        *,
+        layer: int,
+        cut: int,
+        heads: int,
+        seen: list[tuple[VisualLayout, Tensor]],
+    ) -> Compute:
+        """What one layer leaves out. seen: the windows of layouts that other layers of this request made."""
+        window = next((known for of, known in seen if of is layout), None)
+        if window is None and self.window is not None:
+            window = neighbours(layout, self.window)
+            seen.append((layout, window))
         kept = torch.ones(heads, dtype=torch.bool)
         kept[[head % heads for head in self.dropped if head // heads == layer]] = False
-        seen = torch.zeros_like(kept) if layer >= cut else kept
+        heard = torch.zeros_like(kept) if layer >= cut else kept
         return Compute(
             window,
-            None if bool(seen.all()) else seen,
+            None if bool(heard.all()) else heard,
             None if bool(kept.all()) else kept,
             float(self.keep),
         )
