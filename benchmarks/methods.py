@@ -1,64 +1,119 @@
-"""What every method keeps of nano's accuracy: each recipe on the same questions as dense, and as random selection.
+"""What every token reduction keeps of nano's accuracy: each on the same questions as dense and as random selection.
 
-    python benchmarks/methods.py --limit 96 --out benchmarks/results/methods.json
+    python benchmarks/methods.py --limit 32 --data DIR --out benchmarks/results/methods.json
 
-Differences are paired: the mean over skills of each skill's difference, with a bootstrap interval.
+Every registered reduction that fits the model is asked at each kept fraction. Differences are paired, question by
+question: the mean over tasks of each task's difference, with a bootstrap interval; so is every task by itself. The file
+is written after each recipe, and a run that was stopped goes on where it was when --resume is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import run_header, write_json
 
 import foveate
+from foveate.optimize.samples import Split, splits
+from foveate.optimize.workbench import ModelWorkbench
 from foveate.progress import track
-from foveate.recipe import Recipe
-from foveate.tasks.evaluate import Record, evaluate
-from foveate.tasks.stats import paired_bootstrap
+from foveate.registry import METHODS
+from foveate.tasks.base import find_tasks
+from foveate.tasks.stats import paired_bootstrap, wilson
 
 KEEPS = (0.75, 0.5, 0.25, 0.1)
-SELECTORS = ("random", "uniform", "fastervlm")
 OTHERS = ("rtn(bits=8)", "rtn(bits=4)", "rtn(bits=3)", "int8", "uniform(keep=0.5) + rtn(bits=4) + int8")
+REAL = ("easy-vqa", "nlvr")
+BASELINE = "random"
 
 
-def compare(first: list[Record], second: list[Record]) -> dict[str, Any]:
-    """Mean difference first - second over tasks, of records of the same questions in the same order."""
-    if [(r.task, r.id) for r in first] != [(r.task, r.id) for r in second]:
-        raise ValueError("the two runs did not answer the same questions")
-    a, b = [r.correct for r in first], [r.correct for r in second]
-    return paired_bootstrap(a, b, groups=[r.task for r in first])._asdict()
+def recipes(bench: ModelWorkbench) -> list[str]:
+    """Every reduction that fits the model at each kept fraction, the baseline first; then the other sockets."""
+    fitting = [method.name for method in bench.methods if method.socket == "reduce"]
+    names = sorted(fitting, key=lambda name: (name != BASELINE, name))
+    found = []
+    for keep in KEEPS:
+        for name in names:
+            method = METHODS.get(name)
+            if "keep" in method.parameters():
+                found.append(method.from_params({"keep": keep}).text())
+    found += [METHODS.get(name).from_params({}).text() for name in names if "keep" not in METHODS.get(name).parameters()]
+    return [*found, *OTHERS]
+
+
+def delta(first: np.ndarray, second: np.ndarray, groups: list[str]) -> dict[str, float]:
+    """Mean difference first - second with its interval, rounded to what means something."""
+    found = paired_bootstrap(first, second, groups=groups)
+    return {name: round(value, 4) for name, value in found._asdict().items()}
+
+
+def row(scores: np.ndarray, dense: np.ndarray, random: np.ndarray | None, tasks: list[str]) -> dict[str, Any]:
+    """One recipe: mean over tasks, and each task, against dense and against random tokens at the same budget."""
+    names = np.asarray(tasks)
+    by_task: dict[str, Any] = {}
+    for name in dict.fromkeys(tasks):
+        mine = names == name
+        n, right = int(mine.sum()), float(scores[mine].sum())
+        low, high = wilson(right, n)
+        by_task[name] = {
+            "n": n,
+            "accuracy": round(right / n, 4),
+            "low": round(low, 4),
+            "high": round(high, 4),
+            "against_dense": delta(scores[mine], dense[mine], [name] * n),
+        }
+    found = {"mean": round(float(np.mean([r["accuracy"] for r in by_task.values()])), 4), "tasks": by_task}
+    found["paired"] = delta(scores, dense, tasks)
+    if random is not None:
+        found["against_random"] = delta(scores, random, tasks)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--limit", type=int, default=96, help="questions per skill")
+    parser.add_argument("--limit", type=int, default=32, help="questions per task")
     parser.add_argument("--seed", type=int, default=20261121)
+    parser.add_argument("--data", type=Path, help="folder with easy-vqa and nlvr, which are then asked as well")
+    parser.add_argument("--only", action="append", help="methods to run, default all")
+    parser.add_argument("--resume", action="store_true", help="keep the recipes that --out already holds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/methods.json"))
     args = parser.parse_args()
 
     vlm = foveate.load(args.model)
-    recipes = [f"{name}(keep={keep})" for keep in KEEPS for name in SELECTORS] + list(OTHERS)
-    runs: dict[str, list[Record]] = {}
-    report = run_header() | {"model": args.model, "seed": args.seed, "limit": args.limit, "recipes": {}}
-    for recipe in track(["", *recipes], "recipes"):
-        runs[recipe] = []
-        model = Recipe.parse(recipe).apply(vlm) if recipe else vlm
-        result = evaluate(
-            model, ["world"], seed=args.seed, limit=args.limit, records=runs[recipe], progress=False, batch_size=64
-        )
-        if not recipe:
-            report["dense"] = result
+    tasks, _ = find_tasks(["world", *(REAL if args.data else ())], args.data)
+    asked = splits(tasks, choose=1, prove=args.limit, seed=args.seed, data_dir=args.data)[1]
+    bench = ModelWorkbench(vlm, asked, Split(), data="", quiet=True)
+    n, groups = len(bench.choose), bench.choose.tasks
+    report = run_header() | {"model": args.model, "seed": args.seed, "limit": args.limit}
+    old = json.loads(args.out.read_text())["recipes"] if args.resume and args.out.is_file() else {}
+    dense = bench.scores("", "choose", n)
+    report["dense"] = row(dense, dense, None, groups)
+    report["refused"] = {k: v for k, v in sorted(bench.refused.items())}
+    report["recipes"] = {}
+    random: dict[str, np.ndarray] = {}
+    for recipe in track(recipes(bench), "recipes"):
+        name, _, rest = recipe.partition("(")
+        if args.only and name not in (*args.only, BASELINE):
             continue
-        result["paired"] = compare(runs[recipe], runs[""])
-        budget = recipe.partition("(")[2]
-        if recipe.startswith(SELECTORS[1:]) and (rival := f"random({budget}") in runs:
-            result["against_random"] = compare(runs[recipe], runs[rival])
-        report["recipes"][recipe] = result
-    write_json(args.out, report)
+        budget = rest.partition(",")[0].strip(")")
+        if recipe in old:
+            report["recipes"][recipe] = old[recipe]
+        if recipe not in old or name == BASELINE:
+            scores = bench.scores(recipe, "choose", n)
+            if name == BASELINE:
+                random[budget] = scores
+            rival = None if name == BASELINE or "+" in recipe else random.get(budget)
+            cost = bench.cost(recipe)
+            report["recipes"][recipe] = row(scores, dense, rival, groups) | {
+                "flops": round(cost.flops / bench.cost("").flops, 4),
+                "tokens": round(cost.tokens / bench.cost("").tokens, 4),
+            }
+        write_json(args.out, report)
 
 
 if __name__ == "__main__":
