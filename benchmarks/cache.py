@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import run_header, write_json
-from methods import compare
+from common import compare, run_header, write_json
 
 import foveate
 from foveate.adapters.base import Adapter

@@ -7,7 +7,10 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from foveate.tasks.evaluate import Record
 
 
 def run_header() -> dict[str, Any]:
@@ -50,3 +53,13 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     temporary.write_text(json.dumps(data, indent=1) + "\n")
     temporary.replace(path)
     print(f"wrote {path}")
+
+
+def compare(first: list[Record], second: list[Record]) -> dict[str, Any]:
+    """Mean difference first - second over tasks, of records of the same questions in the same order."""
+    from foveate.tasks.stats import paired_bootstrap
+
+    if [(r.task, r.id) for r in first] != [(r.task, r.id) for r in second]:
+        raise ValueError("the two runs did not answer the same questions")
+    a, b = [r.correct for r in first], [r.correct for r in second]
+    return paired_bootstrap(a, b, groups=[r.task for r in first])._asdict()

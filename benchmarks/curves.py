@@ -62,3 +62,27 @@ def curves(
         svg.label_at(right + 34, top + 24 + 17 * index, name, 11)
     # a file of its own, unlike the plots inside a report, has to say what it is
     return svg.text().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+
+
+def heat(rows: dict[str, list[float | None]], columns: list[str], *, title: str, reach: float = 30.0) -> str:
+    """An SVG table whose cells are tinted by their value in points: red below zero, blue above, white at zero.
+
+    rows: name -> one value for each of `columns`, None where there is none. reach: the value of the deepest tint.
+    """
+    left, top, wide, tall = 150.0, 44.0, 92.0, 22.0
+    svg = Svg(left + wide * len(columns) + 14, top + tall * len(rows) + 10, title)
+    svg.label_at(8, 18, title, 12, INK)
+    for c, column in enumerate(columns):
+        svg.label_at(left + wide * (c + 0.5), 37, column, 11, text_anchor="middle")
+    for r, (name, values) in enumerate(rows.items()):
+        y = top + tall * r
+        svg.label_at(left - 8, y + 15, name, 12, INK, text_anchor="end")
+        for c, value in enumerate(values):
+            if value is None:
+                continue
+            depth = min(1.0, abs(value) / reach)
+            box = {"x": left + wide * c + 1, "y": y + 1, "width": wide - 2, "height": tall - 2}
+            svg.add("rect", fill="#1b6ca8" if value > 0 else "#c8553d", fill_opacity=0.08 + 0.8 * depth, **box)
+            ink = "#fff" if depth > 0.6 else INK
+            svg.label_at(left + wide * (c + 0.5), y + 15, f"{value:+.1f}", 11, ink, text_anchor="middle")
+    return svg.text().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)

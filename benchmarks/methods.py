@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from common import run_header, write_json
+from curves import heat
 
 import foveate
 from foveate.optimize.samples import Split, splits
@@ -41,7 +42,9 @@ def recipes(bench: ModelWorkbench) -> list[str]:
             method = METHODS.get(name)
             if "keep" in method.parameters():
                 found.append(method.from_params({"keep": keep}).text())
-    found += [METHODS.get(name).from_params({}).text() for name in names if "keep" not in METHODS.get(name).parameters()]
+    found += [
+        METHODS.get(name).from_params({}).text() for name in names if "keep" not in METHODS.get(name).parameters()
+    ]
     return [*found, *OTHERS]
 
 
@@ -73,6 +76,23 @@ def row(scores: np.ndarray, dense: np.ndarray, random: np.ndarray | None, tasks:
     return found
 
 
+def plots(report: dict[str, Any], folder: Path) -> None:
+    """What stays against dense, and what is won over random tokens, for every method and kept fraction."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = [f"keep {keep:g}" for keep in KEEPS]
+    for key, title in (("paired", "points against dense"), ("against_random", "points against random tokens")):
+        rows: dict[str, list[float | None]] = {}
+        for recipe, result in report["recipes"].items():
+            name, _, rest = recipe.partition("(keep=")
+            if rest and "+" not in recipe and (found := result.get(key)):
+                keep = KEEPS.index(float(rest.partition(",")[0].strip(")")))
+                rows.setdefault(name, [None] * len(KEEPS))[keep] = 100 * found["value"]
+        ranked = dict(sorted(rows.items(), key=lambda item: -sum(value or 0.0 for value in item[1][1:3])))
+        file = folder / f"methods_{key}.svg"
+        file.write_text(heat(ranked, columns, title=f"nano, mean over tasks: {title}"), encoding="utf-8")
+        print(f"wrote {file}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="nano")
@@ -82,6 +102,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="methods to run, default all")
     parser.add_argument("--resume", action="store_true", help="keep the recipes that --out already holds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/methods.json"))
+    parser.add_argument("--images", type=Path, default=Path("docs/images"), help="folder of the plots")
     args = parser.parse_args()
 
     vlm = foveate.load(args.model)
@@ -93,7 +114,7 @@ def main() -> None:
     old = json.loads(args.out.read_text())["recipes"] if args.resume and args.out.is_file() else {}
     dense = bench.scores("", "choose", n)
     report["dense"] = row(dense, dense, None, groups)
-    report["refused"] = {k: v for k, v in sorted(bench.refused.items())}
+    report["refused"] = dict(sorted(bench.refused.items()))
     report["recipes"] = {}
     random: dict[str, np.ndarray] = {}
     for recipe in track(recipes(bench), "recipes"):
@@ -114,6 +135,7 @@ def main() -> None:
                 "tokens": round(cost.tokens / bench.cost("").tokens, 4),
             }
         write_json(args.out, report)
+    plots(report, args.images)
 
 
 if __name__ == "__main__":

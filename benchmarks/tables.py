@@ -170,6 +170,48 @@ def with_interval(delta: Row | None) -> str:
     return f"{signed(delta['value'])} [{signed(delta['low'])}, {signed(delta['high'])}]" if delta else ""
 
 
+def methods_grid(report: Row | None) -> str:
+    """Every reduction over kept fractions: points against dense, and whether it differs from random tokens."""
+    if report is None:
+        return missing("methods")
+    grid: dict[str, dict[str, Row]] = {}
+    for recipe, result in report["recipes"].items():
+        name, _, rest = recipe.partition("(keep=")
+        if rest and "+" not in recipe:
+            grid.setdefault(name, {})[rest.partition(",")[0].strip(")")] = result
+    keeps = sorted({keep for row in grid.values() for keep in row}, key=float, reverse=True)
+    always, never, worse = [], [], []
+    rows = []
+    for name, row in sorted(grid.items(), key=lambda item: -sum(r["paired"]["value"] for r in item[1].values())):
+        cells = []
+        for keep in keeps:
+            delta, rival = (row[keep].get(key) for key in ("paired", "against_random")) if keep in row else (None, None)
+            mark = " ▲" if rival and rival["low"] > 0 else " ▼" if rival and rival["high"] < 0 else ""
+            cells.append(f"{100 * delta['value']:+.1f}{mark}".replace("-", "−") if delta else "")
+        rivals = [result["against_random"] for result in row.values() if "against_random" in result]
+        if rivals:
+            always += [name] if all(r["low"] > 0 for r in rivals) else []
+            never += [name] if not any(r["low"] > 0 for r in rivals) else []
+            worse += [name] if any(r["high"] < 0 for r in rivals) else []
+        rows.append([f"[`{name}`](methods/{name}.md)", *cells])
+
+    def listed(names: list[str]) -> str:
+        return ", ".join(f"`{name}`" for name in names) or "none"
+
+    said = (
+        f"Better than random tokens beyond noise at every budget: {listed(always)}. At no budget: {listed(never)}. Worse "
+        f"than random beyond noise at some budget: {listed(worse)}."
+    )
+    dense = report["dense"]
+    about = (
+        f"Points of mean accuracy against dense ({dense['mean']:.3f}, {len(dense['tasks'])} tasks of "
+        f"{report.get('limit', '?')} questions); ▲ better, ▼ worse than random tokens at the same budget, the 95 % "
+        f"interval of the paired difference being away from zero."
+    )
+    head = ["method", *(f"keep {keep}" for keep in keeps)]
+    return f"{about}\n\n{table(head, rows)}\n\n{said}\n\n{conditions(report)}"
+
+
 def method(name: str, report: Row | None) -> str:
     """What each setting of a method (of all, for "") keeps of nano's accuracy, and the skills that fall most."""
     if report is None:
@@ -360,6 +402,7 @@ def plan_check(report: Row | None) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[Row | None], str]]] = {
+    "methods": ("methods", methods_grid),
     "nano_quality": ("nano_quality", nano_quality),
     "nano_real": ("nano_quality", nano_real),
     "nano_limits": ("nano_quality", nano_limits),
@@ -369,7 +412,7 @@ TABLES: dict[str, tuple[str, Callable[[Row | None], str]]] = {
 
 def make(name: str, results: Path = RESULTS) -> str:
     """The Markdown of the table `name`."""
-    if name == "methods" or name.startswith("methods_"):
+    if name.startswith("methods_"):
         return method(name.partition("_")[2], load("methods", results))
     if name == "weights" or name.startswith("weights_"):
         return weights(name.partition("_")[2], load("weights", results))
@@ -380,7 +423,8 @@ def make(name: str, results: Path = RESULTS) -> str:
     if name not in TABLES:
         known = [
             *TABLES,
-            *(f"{kind}{rest}" for kind in ("methods", "weights", "cache", "speed") for rest in ("", "_<name>")),
+            *(f"{kind}{rest}" for kind in ("weights", "cache", "speed") for rest in ("", "_<name>")),
+            "methods_<name>",
         ]
         raise SystemExit(f"unknown table {name!r}; known: {', '.join(known)}")
     file, build = TABLES[name]

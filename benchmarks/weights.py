@@ -14,9 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import run_header, write_json
+from common import compare, run_header, write_json
 from curves import curves
-from methods import compare
 
 import foveate
 from foveate.progress import track
