@@ -199,8 +199,8 @@ def methods_grid(report: Row | None) -> str:
         return ", ".join(f"`{name}`" for name in names) or "none"
 
     said = (
-        f"Better than random tokens beyond noise at every budget: {listed(always)}. At no budget: {listed(never)}. Worse "
-        f"than random beyond noise at some budget: {listed(worse)}."
+        f"Better than random tokens beyond noise at every budget: {listed(always)}. At no budget: {listed(never)}. "
+        f"Worse than random beyond noise at some budget: {listed(worse)}."
     )
     dense = report["dense"]
     about = (
