@@ -102,6 +102,7 @@ CLIPS = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "s
 
 
 @cache
+@torch.inference_mode(False)  # whoever asks first: weights made in inference mode could never be differentiated
 def tiny(family: str) -> VLM:
     """A tiny random model of a family (or "nvila"), float32 on the CPU, in evaluation mode."""
     if family == "nvila":

@@ -255,3 +255,9 @@ def test_attached_methods_hold_in_their_block_only(nvila):
         thread.join()
     assert inside == [48]
     assert nvila.ask(PICTURE, "what?", max_new_tokens=1).tokens["kept"] == 48
+
+
+def test_a_model_loaded_in_inference_mode_can_still_be_calibrated():
+    with torch.inference_mode():
+        vlm = foveate.load("nano", random_weights=True, device="cpu")
+    assert not any(parameter.is_inference() for parameter in vlm.model.parameters())

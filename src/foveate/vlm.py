@@ -288,6 +288,7 @@ class VLM:
             raise CheckpointError(f"could not write {path}: {error.strerror or error}; nothing was changed") from None
 
 
+@torch.inference_mode(False)  # a model that was loaded in a block of inference mode could not be calibrated later
 def load(
     path: str | Path,
     *,
