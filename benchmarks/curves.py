@@ -1,4 +1,4 @@
-"""A small line plot of methods over a setting, in the SVG that the reports use."""
+"""Small plots of methods, lines over a setting and bars, in the SVG that the reports use."""
 
 from __future__ import annotations
 
@@ -85,4 +85,31 @@ def heat(rows: dict[str, list[float | None]], columns: list[str], *, title: str,
             svg.add("rect", fill="#1b6ca8" if value > 0 else "#c8553d", fill_opacity=0.08 + 0.8 * depth, **box)
             ink = "#fff" if depth > 0.6 else INK
             svg.label_at(left + wide * (c + 0.5), y + 15, f"{value:+.1f}", 11, ink, text_anchor="middle")
+    return svg.text().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+
+
+def bars(rows: list[tuple[str, float, float, float]], axis: str, *, mark: str, width: int = 640) -> str:
+    """An SVG with one bar a row: (name, value, first part of it, what was expected), values as shares of 1.
+
+    The first part is drawn darker, the expectation as a stroke; `mark` says what it is.
+    """
+    left, right, top, step = 190.0, width - 60.0, 26.0, 17.0
+    height = int(top + step * len(rows) + 40)
+    scale = max(1.0, *(value for _, value, _, _ in rows))
+    svg = Svg(width, height, axis)
+
+    def x(value: float) -> float:
+        return left + (right - left) * value / scale
+
+    for tick in range(5):
+        svg.line(x(tick / 4), top - 4, x(tick / 4), height - 34, LINE)
+        svg.label_at(x(tick / 4), height - 20, f"{tick / 4:g}", 11, text_anchor="middle")
+    for index, (name, value, first, expected) in enumerate(rows):
+        at = top + step * index
+        svg.label_at(left - 8, at + 10, name, 11, text_anchor="end")
+        title = f"{name}: {value:.3f}, {mark} {expected:.3f}"
+        svg.add("rect", title=title, x=x(0), y=at, width=x(value) - x(0), height=step - 5, fill=TINTS[0])
+        svg.add("rect", title=title, x=x(0), y=at, width=x(first) - x(0), height=step - 5, fill=TINTS[1])
+        svg.line(x(expected), at - 2, x(expected), at + step - 3, INK, stroke_width=2)
+    svg.label_at((left + right) / 2, height - 5, axis, 12, INK, text_anchor="middle")
     return svg.text().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)

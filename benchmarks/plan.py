@@ -10,7 +10,9 @@ kernels have rates of their own, which a calibration does not know.
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +30,13 @@ from foveate.data.sample import media_parts
 from foveate.progress import progress
 from foveate.recipe import Recipe
 
-CASES = (
+Case = tuple[str, str, tuple[int, int], int]
+CASES: tuple[Case, ...] = (
     ("nano", "float32", (448, 448), 9),
     ("nano", "bfloat16", (448, 448), 9),
     ("smolvlm-256m", "bfloat16", (512, 512), 5),
-    ("llava-onevision-0.5b", "bfloat16", (384, 384), 3),
-    ("internvl2.5-1b", "bfloat16", (448, 448), 3),
+    ("llava-onevision-0.5b", "bfloat16", (384, 384), 2),
+    ("internvl2.5-1b", "bfloat16", (448, 448), 2),
 )
 """(preset, dtype, size of the picture, repeats)."""
 RECIPES = ("", "uniform(keep=0.25)", "fastv(keep=0.25)")
@@ -79,46 +82,57 @@ def compared(guess: dict[str, Any], real: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--presets", nargs="+", help="only these")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan_check.json"))
-    args = parser.parse_args()
-
-    torch.set_num_threads(args.threads)
+def times(cases: list[Case], threads: int) -> Iterator[dict[str, Any]]:
+    """What to write, growing: the calibrated machine, and a row for each preset and recipe."""
+    torch.set_num_threads(threads)
     started = time.monotonic()
     with progress("calibrate", measurements()) as bar:
         device = calibrate("cpu", advance=bar.advance)
-    report: dict[str, Any] = run_header() | {
-        "machine": vars(device),
-        "calibration_s": time.monotonic() - started,
-        "rows": [],
-    }
-    cases = [case for case in CASES if not args.presets or case[0] in args.presets]
+    report = run_header() | {"machine": vars(device), "calibration_s": time.monotonic() - started, "rows": []}
     with progress("plan", len(cases) * len(RECIPES)) as bar:
         for preset, dtype, size, repeats in cases:
             vlm = foveate.load(preset, random_weights=True, dtype=dtype, device="cpu")
             load = Load(size, prompt=PROMPT, new_tokens=NEW)
-            rows = []
             for recipe in RECIPES:
                 small = Recipe.parse(recipe).apply(vlm, quiet=True) if recipe else vlm
                 guess, real = predicted(vlm, device, load, recipe), measured(small, load, repeats)
                 row = {"preset": preset, "dtype": dtype, "size": list(size), "recipe": recipe, **real}
                 row |= {"stages": compared(guess, real), "bytes": guess["bytes"], "predicted_tokens": guess["tokens"]}
-                rows.append(row)
+                report["rows"].append(row)
+                report["seconds"] = round(time.monotonic() - started, 1)
                 bar.advance(now=f"{preset} {recipe}")
+                yield report
             del vlm, small
-            for row in rows if not args.no_memory else ():
-                job = Job(
-                    preset, row["recipe"], dtype, "cpu", True, (size,), PROMPT, new_tokens=NEW, threads=args.threads
-                )
-                found = peak(job)
-                row["memory"] = found | {"ratio": row["bytes"]["peak"] / found["peak"]}
-            report["rows"] += rows
-            report["seconds"] = round(time.monotonic() - started, 1)
-            write_json(args.out, report)
+
+
+def peaks(cases: list[Case], threads: int) -> Iterator[dict[str, Any]]:
+    """What to write, growing: peak bytes of each preset and recipe, by `key`."""
+    found: dict[str, Any] = {}
+    for preset, dtype, size, _ in cases:
+        for recipe in RECIPES:
+            job = Job(preset, recipe, dtype, "cpu", True, (size,), PROMPT, new_tokens=NEW, threads=threads)
+            found[key(preset, dtype, recipe)] = peak(job)
+            yield {"peaks": found}
+
+
+def key(preset: str, dtype: str, recipe: str) -> str:
+    return f"{preset} {dtype} {recipe}".strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", help="only these")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=("times", "peaks"), help="measure these, and keep the others of the file")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan_check.json"))
+    args = parser.parse_args()
+
+    cases = [case for case in CASES if not args.presets or case[0] in args.presets]
+    for part in (times, peaks):
+        if args.only in (None, part.__name__):
+            for found in part(cases, args.threads):
+                known = json.loads(args.out.read_text()) if args.out.is_file() else {}
+                write_json(args.out, known | found)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,18 @@ import argparse
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import run_header, write_json
+from curves import bars
 
 import foveate
-from foveate.adapters.shape import steps_of
+from foveate.adapters.shape import INSIDE, steps_of
+from foveate.adapters.tower import CLS_SIGNALS, PATCH_SIGNALS
 from foveate.bench import cost
 from foveate.bench.breakeven import Point, crossing
 from foveate.bench.memory import Job, peak
@@ -31,15 +34,15 @@ from foveate.bench.timing import busy_machine, load_average, stolen, ticks
 from foveate.clock import OPENING, Clock
 from foveate.data.sample import media_parts
 from foveate.errors import FoveateError
+from foveate.method import signal_for
 from foveate.progress import progress
 from foveate.recipe import Recipe
 from foveate.registry import METHODS
-from foveate.runtime import encode, generate, select
+from foveate.runtime import encode, generate, request_key, select, stop_of, text_embeddings
 from foveate.tasks.stats import median_interval
 
 SEED = 20261127
 PROMPT = "What is written on the sign above the door, and how many people stand under it?"
-TOWER_REPEATS = 3
 PEAKS = ("", "uniform(keep=0.25)", "fastv(keep=0.25)", "visionzip(keep=0.25)")
 
 
@@ -69,38 +72,44 @@ class Bench:
         self.tower: list[float] = []
         self.known: dict[Any, tuple[Any, float]] = {}
         self.visual = len(self.adapter.layout(self.plan).features())
-        for _ in range(TOWER_REPEATS):
-            self.known.pop(((), "post_projector"), None)
-            self.encoded(())
+        self.encoded(())
         self.text = self.plan.num_tokens - self.visual
 
-    def encoded(self, steps: tuple[Any, ...]) -> tuple[Any, float]:
-        """Features with the signals that steps ask for, and the milliseconds that those took; made once."""
-        outside = [step for step in steps if step.site not in ("llm", "compute", "cache")]
-        inside_tower = any(step.site == "encoder" for step in steps)
-        key = (
-            tuple(sorted({name for step in outside for name in step.signals})),
-            outside[0].site if outside else "post_projector",
-        )
-        if key not in self.known or inside_tower:
+    def encoded(self, steps: tuple[Any, ...]) -> tuple[Any, float, float | None]:
+        """(features with the signals that steps ask for, the milliseconds that those took, and those of the tower where
+        tokens leave inside it). Made once, but for a tower that tokens leave."""
+        inside = any(step.site == "encoder" for step in steps)
+        outside = [step for step in steps if step.site not in INSIDE]
+        names = {signal_for(need, self.adapter.offers) for step in outside for need in step.signals}
+        tower = sorted(name for name in names if name and name.partition("@")[0] in (*PATCH_SIGNALS, *CLS_SIGNALS))
+        key = (stop_of(steps), *tower)
+        if key not in self.known or inside:
             clock = Clock(self.vlm.device)
             with clock.stage("encode"):
                 (part,) = encode(self.adapter, [self.plan], [self.inputs], [steps])
-            self.known[key] = (part, clock.ms["select"])
-            if not inside_tower:
+            self.known[key] = (part, clock.ms["select"], clock.ms["encode"] if inside else None)
+            if not inside:
                 self.tower.append(clock.ms["encode"])
-        return self.known[key]
+        part, signals, spent = self.known[key]
+        free = {
+            "features": part.features,
+            "text_embeddings": text_embeddings(self.adapter, self.plan),
+            "request_key": torch.tensor(request_key(self.inputs)),
+        }
+        part = replace(part, signals={**free, **part.signals})
+        return part, signals, spent
 
     def once(self, reducers: tuple[Any, ...]) -> tuple[dict[str, float], Any]:
         """Milliseconds of one request by stage, and the row that ran."""
         steps = steps_of(reducers, self.adapter.shape)
-        part, signals = self.encoded(steps)
+        part, signals, tower = self.encoded(steps)
         clock = Clock(self.vlm.device)
         with clock.stage("select"):
             row = select(self.adapter, self.plan, part, steps)
         outside = clock.ms["select"]
         generate(self.adapter, [row], self.vlm.new_cache(), max_new_tokens=1, stop=(), clock=clock)
         ms = {"signals": signals, "outside": outside, "inside": clock.ms["select"] - outside}
+        ms["tower"] = float(np.median(self.tower)) if tower is None else tower
         return ms | {"select": signals + clock.ms["select"], "prefill": clock.ms["prefill"]}, row
 
 
@@ -166,12 +175,13 @@ def measured(
         times = [one[name] for one in used]
         row = rows[name]
         layers = tuple(row.per_layer)
-        less = cost.flops(shape, cost.replace(request, kept=layers[-1], per_layer=layers, text=row.text))
+        less = cost.flops(shape, replace(request, kept=layers[-1], per_layer=layers, text=row.text))
         after = [t["select"] + t["prefill"] for t in times]
         ratio = interval([a / one["dense"]["prefill"] for a, one in zip(after, used)])
         share = less["prefill"] / work["prefill"]
         before_llm = bench.before + tower
-        ttft = interval([(before_llm + a) / (before_llm + one["dense"]["prefill"]) for a, one in zip(after, used)])
+        first = [bench.before + t["tower"] + a for t, a in zip(times, after)]
+        ttft = interval([t / (before_llm + one["dense"]["prefill"]) for t, one in zip(first, used)])
         predicted = (before_llm + dense * share) / (before_llm + dense)
         selection = interval([t["select"] / one["dense"]["prefill"] for t, one in zip(times, used)])
         out.append(
@@ -229,6 +239,22 @@ def break_evens(sizes: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: crossing(found) for name, found in points.items()}
 
 
+def plot(run: dict[str, Any]) -> str:
+    """An SVG of the time to the first token at the smallest fraction kept, of the size with most recipes."""
+    size = max(run["sizes"], key=lambda one: (len(one["rows"]), one["visual"]))
+    dense = size["dense"]
+    before = dense["preprocess_ms"] + dense["tower_ms"]
+    fixed = before / (before + dense["prefill_ms"])
+    rows = [row for row in size["rows"] if "failed" not in row and row["recipe"].endswith(f"keep={least_keep(size)})")]
+    shown = [(row["recipe"], row["ttft_ratio"]["value"], fixed, row["ttft_predicted"]) for row in rows]
+    axis = f"time to first token / dense, {run['preset']}, {size['visual']} visual tokens (dark: up to the tower)"
+    return bars(sorted(shown, key=lambda one: one[1]), axis, mark="FLOPs predict")
+
+
+def least_keep(size: dict[str, Any]) -> str:
+    return min(row["recipe"].partition("keep=")[2].rstrip(")").partition(",")[0] for row in size["rows"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="llava-onevision-0.5b")
@@ -241,8 +267,12 @@ def main() -> None:
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--add", action="store_true", help="keep what the file holds of other sizes and presets")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
+    parser.add_argument("--plot", type=Path, help="draw what the file holds into this SVG, and measure nothing")
     args = parser.parse_args()
 
+    if args.plot:
+        args.plot.write_text(plot(json.loads(args.out.read_text())["runs"][0]) + "\n")
+        return
     torch.set_num_threads(args.threads)
     started = time.monotonic()
     vlm = foveate.load(args.preset, random_weights=True, dtype=args.dtype, device="cpu")

@@ -385,10 +385,10 @@ def plan_check(report: Row | None) -> str:
             pair = row["stages"][stage]
             mark = "" if abs(pair["ratio"] - 1) <= PREDICTED_TIME else " ✗"
             cells.append(f"{pair['predicted']:.3g} / {pair['measured']:.3g}{mark}")
-        memory = row.get("memory")
+        memory = report.get("peaks", {}).get(f"{row['preset']} {row['dtype']} {row['recipe']}".strip())
         shown = ""
         if memory:
-            mark = "" if abs(memory["ratio"] - 1) <= PREDICTED_MEMORY else " ✗"
+            mark = "" if abs(row["bytes"]["peak"] / memory["peak"] - 1) <= PREDICTED_MEMORY else " ✗"
             shown = f"{row['bytes']['peak'] / 1e6:.0f} / {memory['peak'] / 1e6:.0f}{mark}"
         noisy = ", never quiet" if row["noisy"] else ""
         what = f"`{row['preset']}` {row['dtype']}, {row['size'][0]}x{row['size'][1]}{noisy}"

@@ -139,6 +139,46 @@ def test_weight_tables_hold_accuracy_and_perplexity():
     assert svg.startswith("<svg xmlns=") and svg.count("<circle") == 2
 
 
+def test_speed_tables_mark_missed_targets():
+    tables = module("benchmarks/tables.py")
+    assert "speed.json" in tables.speed("fastv", None) and "plan_check.json" in tables.plan_check(None)
+    even = {"value": 1.0, "low": 0.98, "high": 1.02}
+    row = {"visual": 784, "per_layer": [784, 196], "selection_share": {"value": 0.01}, "ttft_over_predicted": 1.02}
+    row |= {
+        "recipe": "fastv(keep=0.25)",
+        "ttft_ratio": {"value": 0.7, "low": 0.6, "high": 0.8},
+        "ttft_predicted": 0.686,
+    }
+    slow = row | {"recipe": "hired(keep=0.25)", "selection_share": {"value": 0.04}, "ttft_over_predicted": 0.85}
+    masks = row | {"recipe": "yopo(keep=0.25)", "per_layer": [784, 784]}
+    pays = {"tokens": None, "points": [{"tokens": 196, "ratio": 0.8}, {"tokens": 784, "ratio": 0.6}]}
+    size = {"size": [384, 384], "frames": 4, "visual": 784, "text": 100, "noisy": False, "discarded": 1, "rounds": 3}
+    size |= {"dense": {"tower_ms": 9000, "prefill_ms": 4000}, "again": even}
+    size["rows"] = [row, slow, masks, {"recipe": "tome(keep=0.25)", "failed": "why"}]
+    run = {"preset": "p", "dtype": "bfloat16", "threads": 1, "sizes": [size]}
+    run["break_even"] = {one["recipe"]: pays for one in (row, slow, masks)}
+    report = {"runs": [run]}
+    text = tables.speed("", report)
+    assert "| `fastv(keep=0.25)` | 1.0% | 0.700 [0.600, 0.800] | 0.686 | +2.0% | ≤ 196 |" in text
+    assert "| `hired(keep=0.25)` | 4.0% ✗ |" in text and "−15.0% ✗" in text and "`tome" not in text
+    assert "| `yopo(keep=0.25)` | 1.0% | 0.700 [0.600, 0.800] |  |  |" in text
+    assert "a clip of 4 frames: 784 visual" in text and "3 rounds, 1 dropped" in text
+    assert "hired" not in tables.speed("fastv", report) and "no recipe of `random`" in tables.speed("random", report)
+    svg = module("benchmarks/curves.py").bars([("fastv", 0.7, 0.5, 0.69)], "time", mark="predicted")
+    assert svg.startswith("<svg xmlns=") and svg.count("<rect") == 2
+
+    stages = {name: {"predicted": 90.0, "measured": 100.0, "ratio": 0.9} for name in ("tower", "prefill", "decode")}
+    stages["ttft"] = {"predicted": 60.0, "measured": 100.0, "ratio": 0.6}
+    one = {"preset": "p", "dtype": "float32", "size": [9, 8], "recipe": "", "noisy": True, "stages": stages}
+    report = {
+        "rows": [one | {"bytes": {"peak": 2e6}}],
+        "machine": {"source": "measured"},
+        "peaks": {"p float32": {"peak": 1e6}},
+    }
+    text = tables.plan_check(report)
+    assert "| dense | 90 / 100 | 90 / 100 | 90 / 100 | 60 / 100 ✗ | 2 / 1 ✗ |" in text and "never quiet" in text
+
+
 def test_method_table_shows_paired_differences():
     tables = module("benchmarks/tables.py")
     dense = {"mean": 0.8, "tasks": {"world/mark": {"accuracy": 0.9}, "world/bar": {"accuracy": 0.7}}}

@@ -36,7 +36,7 @@ READ = 1 << 28
 """Bytes of the weights of one reading, more than caches hold."""
 
 
-def calibrate(device: str = "auto", *, seconds: float = 0.25, advance: Callable[[], None] | None = None) -> Device:
+def calibrate(device: str = "auto", *, seconds: float = 0.2, advance: Callable[[], None] | None = None) -> Device:
     """This machine's rates by dtype. device: of torch. seconds: for each of some forty measurements; a GPU's queue is
     drained around each. advance: called after each measurement. Raises UnsupportedError for a device there is not."""
     import torch
@@ -156,8 +156,9 @@ class _Meter:
         import torch.nn.functional as F
 
         outputs = READ // dtype.itemsize // 1024
-        x, weight = self._noise(1, 1024, dtype=dtype), self._noise(outputs, 1024, dtype=dtype)
-        return READ / self.seconds_of(lambda: F.linear(x, weight))
+        few = max(1, outputs // 256)  # random numbers take longer to make than to read
+        x, weight = self._noise(1, 1024, dtype=dtype), self._noise(few, 1024, dtype=dtype).repeat(outputs // few, 1)
+        return weight.nbytes / self.seconds_of(lambda: F.linear(x, weight))
 
     def values(self, dtype: torch.dtype) -> float:
         """Bytes per second that a product of single values reads and writes, at the size of an MLP's activations."""
