@@ -159,8 +159,9 @@ CALIBRATED = Device(
     attention=flat(1e9),
     attention_full=flat(1e9),
     stream={"float32": 1e9},
-    block_ms={"tower": 2.0, "llm": 3.0},
-    call_ms={"tower": 5.0, "llm": 7.0},
+    activation={"float32": 1e9},
+    block_ms={"tower float32": 2.0, "llm float32": 3.0},
+    call_ms={"tower float32": 5.0, "llm float32": 7.0},
 )
 
 
@@ -170,7 +171,7 @@ def test_a_calibrated_machine_counts_products_values_and_blocks():
     found = cost.estimate(shape, request, CALIBRATED, dtype="float32")
     prompt = request.prompt
     queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
-    values = prompt * (26 * shape.width + 10 * (queries + keys) + 5 * shape.mlp) * 4
+    values = prompt * ((26 * shape.width + 10 * (queries + keys) + 3 * shape.mlp) * 4 + shape.mlp)
     head = 4 * shape.head_params / 1e6  # one row reads its weights
     expected = found["flops"]["prefill"] / 1e6 - 2 * shape.head_params / 1e6 + head + 7.0
     expected += shape.layers * (3.0 + values / 1e6)
@@ -179,7 +180,7 @@ def test_a_calibrated_machine_counts_products_values_and_blocks():
     assert found["ms"]["decode"] == pytest.approx(decode)
     tower = found["flops"]["tower"] / 1e6 + 5.0 + shape.vision_layers * 2.0
     rows = request.views * shape.patches
-    tower += shape.vision_layers * rows * (12 * shape.vision_width + 4 * shape.vision_mlp) * 4 / 1e6
+    tower += shape.vision_layers * rows * (12 * shape.vision_width * 4 + shape.vision_mlp) / 1e6
     assert found["ms"]["tower"] == pytest.approx(tower, rel=1e-6)
     half = replace(request, kept=request.kept // 2)
     assert cost.estimate(shape, half, CALIBRATED, dtype="float32")["ms"]["prefill"] < found["ms"]["prefill"]
@@ -214,9 +215,10 @@ def test_calibrating_measures_every_rate(monkeypatch):
     monkeypatch.setattr(calibrate, "READ", 1 << 16)
     calls = []
     device = calibrate.calibrate("cpu", seconds=0.0, advance=lambda: calls.append(1))
-    assert len(calls) == 2 * (2 + 2 * 2 + 2) + 4 == calibrate.measurements()
+    assert len(calls) == 2 * (2 + 2 * 2 + 3 + 4) == calibrate.measurements()
     for table in (device.flops, device.bandwidth, device.stream, device.gemm, device.attention, device.attention_full):
         assert set(table) == {"float32", "bfloat16"}
     assert all(rate > 0 for points in device.gemm.values() for _, rate in points)
-    assert set(device.block_ms) == set(device.call_ms) == {"tower", "llm"}
+    kinds = {f"{kind} {dtype}" for kind in ("tower", "llm") for dtype in ("float32", "bfloat16")}
+    assert set(device.block_ms) == set(device.call_ms) == kinds and set(device.activation) == set(device.stream)
     assert json.dumps(vars(device))

@@ -36,8 +36,8 @@ READ = 1 << 28
 """Bytes of the weights of one reading, more than caches hold."""
 
 
-def calibrate(device: str = "auto", *, seconds: float = 0.2, advance: Callable[[], None] | None = None) -> Device:
-    """This machine's rates by dtype. device: of torch. seconds: for each of some forty measurements; a GPU's queue is
+def calibrate(device: str = "auto", *, seconds: float = 0.15, advance: Callable[[], None] | None = None) -> Device:
+    """This machine's rates by dtype. device: of torch. seconds: for each of some fifty measurements; a GPU's queue is
     drained around each. advance: called after each measurement. Raises UnsupportedError for a device there is not."""
     import torch
 
@@ -48,7 +48,7 @@ def calibrate(device: str = "auto", *, seconds: float = 0.2, advance: Callable[[
     dtypes = ["float32", "bfloat16"] + (["float16"] if where.type == "cuda" else [])
     meter = _Meter(where, seconds, advance or (lambda: None))
     found: dict[str, dict[str, Any]] = {name: {} for name in ("gemm", "attention", "attention_full")}
-    stream, bandwidth = {}, {}
+    stream, bandwidth, activation, block, call = ({} for _ in range(5))
     with torch.inference_mode():
         for name in dtypes:
             dtype = getattr(torch, name)
@@ -56,7 +56,9 @@ def calibrate(device: str = "auto", *, seconds: float = 0.2, advance: Callable[[
             found["attention"][name] = _curve(meter.attention(n, dtype, True) for n in LENGTHS)
             found["attention_full"][name] = _curve(meter.attention(n, dtype, False) for n in LENGTHS)
             bandwidth[name], stream[name] = meter.reading(dtype), meter.values(dtype)
-        block, call = meter.blocks()
+            activation[name] = meter.activation(dtype)
+            for kind, make in (("tower", _small_tower), ("llm", _small_llm)):
+                block[f"{kind} {name}"], call[f"{kind} {name}"] = meter.blocks(make, dtype)
     about, versions = machine()
     label = f"{about['gpu'] if where.type == 'cuda' else about['cpu']}"
     threads = "" if where.type == "cuda" else f", {about['threads']} threads"
@@ -68,6 +70,7 @@ def calibrate(device: str = "auto", *, seconds: float = 0.2, advance: Callable[[
         {"flops": 1.0, "bandwidth": 1.0},
         f"measured {time.strftime('%Y-%m-%d %H:%M')}, torch {versions['torch']}, load {about['load']:g} a core",
         stream=stream,
+        activation=activation,
         block_ms=block,
         call_ms=call,
         **found,
@@ -76,7 +79,7 @@ def calibrate(device: str = "auto", *, seconds: float = 0.2, advance: Callable[[
 
 def measurements(cuda: bool = False) -> int:
     """How often `calibrate` calls `advance`."""
-    return (3 if cuda else 2) * (len(PRODUCTS) + 2 * len(LENGTHS) + 2) + 4
+    return (3 if cuda else 2) * (len(PRODUCTS) + 2 * len(LENGTHS) + 3 + 4)
 
 
 def store(device: Device, path: Path | None = None) -> Path:
@@ -165,20 +168,24 @@ class _Meter:
         x, y = (self._noise(1024, 4096, dtype=dtype) for _ in range(2))
         return 3 * x.nbytes / self.seconds_of(lambda: x * y)
 
-    def blocks(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Milliseconds that a block takes however small it is, and that a pass does: {"tower", "llm"} each.
+    def activation(self, dtype: torch.dtype) -> float:
+        """Values per second of an activation function, at the size of an MLP's activations."""
+        import torch.nn.functional as F
+
+        x = self._noise(1024, 4096, dtype=dtype)
+        return x.numel() / self.seconds_of(lambda: F.gelu(x, approximate="tanh"))
+
+    def blocks(self, make: Callable[..., Callable[[], Any]], dtype: torch.dtype) -> tuple[float, float]:
+        """Milliseconds that a block takes however small it is, and that a pass does.
 
         The smallest models of 2 and of 10 layers tell both: the slope, and what is left at no layer.
         """
-        block, call = {}, {}
-        for kind, make in (("tower", _small_tower), ("llm", _small_llm)):
-            short, long = (self.seconds_of(make(layers, self.where)) * 1e3 for layers in (2, 10))
-            block[kind] = max(0.0, (long - short) / 8)
-            call[kind] = max(0.0, short - 2 * block[kind])
-        return block, call
+        short, long = (self.seconds_of(make(layers, self.where, dtype)) * 1e3 for layers in (2, 10))
+        block = max(0.0, (long - short) / 8)
+        return block, max(0.0, short - 2 * block)
 
 
-def _small_llm(layers: int, where: torch.device) -> Callable[[], Any]:
+def _small_llm(layers: int, where: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
     """A pass of one new token through a language model of hardly any width, with a cache."""
     import torch
     from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
@@ -191,7 +198,7 @@ def _small_llm(layers: int, where: torch.device) -> Callable[[], Any]:
         num_attention_heads=2,
         num_key_value_heads=1,
     )
-    model = Qwen2ForCausalLM(config).to(where).eval()
+    model = Qwen2ForCausalLM(config).to(where, dtype).eval()
     token = torch.zeros(1, 1, dtype=torch.int64, device=where)
 
     def run() -> Any:
@@ -201,7 +208,7 @@ def _small_llm(layers: int, where: torch.device) -> Callable[[], Any]:
     return run
 
 
-def _small_tower(layers: int, where: torch.device) -> Callable[[], Any]:
+def _small_tower(layers: int, where: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
     """A pass of four patches through a tower of hardly any width."""
     import torch
     from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -215,6 +222,6 @@ def _small_tower(layers: int, where: torch.device) -> Callable[[], Any]:
         patch_size=4,
         vision_use_head=False,
     )
-    model = SiglipVisionModel(config).to(where).eval()
-    pixels = torch.zeros(1, 3, 8, 8, device=where)
+    model = SiglipVisionModel(config).to(where, dtype).eval()
+    pixels = torch.zeros(1, 3, 8, 8, device=where, dtype=dtype)
     return lambda: model(pixel_values=pixels).last_hidden_state

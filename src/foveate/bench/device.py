@@ -22,8 +22,9 @@ class Device:
     """A machine's rates: FLOP/s and bytes/s by dtype, and the fraction of them that real kernels reach.
 
     A calibrated machine knows more, by dtype: gemm, attention (causal) and attention_full: [[FLOPs of one product or
-    attention, FLOP/s], ...], ascending; stream: bytes/s of operations on single values that come from memory. block_ms:
-    what one block of a tower or language model takes however small it is, and call_ms what one pass does; {} elsewhere.
+    attention, FLOP/s], ...], ascending; stream: bytes/s of operations on single values that come from memory;
+    activation: values/s of an MLP's activation function. block_ms: what one block of a tower or language model takes
+    however small it is, and call_ms what one pass does, "tower float32" and so on. {} elsewhere.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Device:
     attention: dict[str, list[list[float]]] = field(default_factory=dict)
     attention_full: dict[str, list[list[float]]] = field(default_factory=dict)
     stream: dict[str, float] = field(default_factory=dict)
+    activation: dict[str, float] = field(default_factory=dict)
     block_ms: dict[str, float] = field(default_factory=dict)
     call_ms: dict[str, float] = field(default_factory=dict)
 
@@ -60,6 +62,10 @@ class Device:
     def stream_ms(self, moved: float, dtype: str) -> float:
         """Milliseconds of reading and writing so many bytes of activations; 0 on machines that were not measured."""
         return 1000 * moved / self.stream[dtype] if dtype in self.stream else 0.0
+
+    def activation_ms(self, values: float, dtype: str) -> float:
+        """Milliseconds of the activation function of so many values; 0 on machines that were not measured."""
+        return 1000 * values / self.activation[dtype] if dtype in self.activation else 0.0
 
     def _rate(self, table: dict[str, float], dtype: str) -> float:
         if dtype not in table:

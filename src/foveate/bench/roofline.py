@@ -5,12 +5,13 @@ machine each part of a stage is put at the rate that parts of its size reach the
 
     linear layers    max(2·T·in·out / rate of such a product, bytes of the weights / bandwidth)
     attention        4·width·pairs / rate of such an attention
-    single values    bytes that norms, rotary embedding, residuals and activations read and write / stream rate
+    single values    bytes that norms, rotary embedding, residuals and gates read and write / stream rate
+    activation       values of the MLP's activation function / rate of such values
     overhead         blocks · what a block takes however small it is, and once what a pass does
 
 Values that pass through memory, per token and layer (D width, Q and K of queries and keys, M of the MLP), counted in
-the layers of transformers: language model 26·D + 10·(Q + K) + 5·M (root mean square norms are taken in steps, the gate
-is a product), tower 12·D + 4·M.
+the layers of transformers: language model 26·D + 10·(Q + K) + 3·M (root mean square norms are taken in steps, the gate
+is a product), tower 12·D; and M values pass the activation function.
 """
 
 from __future__ import annotations
@@ -74,30 +75,32 @@ class _Machine:
         patches, rows = tower_rows(shape, request)
         pairs = attended(shape, request) / max(1, shape.vision_layers * request.views)
         each = self.device.curve_ms("attention_full", 4.0 * shape.vision_width * pairs, self.dtype)
-        values = rows * (12 * shape.vision_width + 4 * shape.vision_mlp) * self.size
+        values = self.device.stream_ms(12.0 * rows * shape.vision_width * self.size, self.dtype)
+        values += self.device.activation_ms(rows * shape.vision_mlp, self.dtype)
         return (
             self.product(patches, shape.patch_inputs, shape.vision_width)
             + self.linears("vision_tower", rows)
-            + shape.vision_layers * (request.views * each + self.device.stream_ms(values, self.dtype))
-            + shape.vision_layers * self.device.block_ms["tower"]
-            + self.device.call_ms["tower"]
+            + shape.vision_layers * (request.views * each + values + self.device.block_ms[f"tower {self.dtype}"])
+            + self.device.call_ms[f"tower {self.dtype}"]
         )
 
     def prefill(self, request: Request) -> float:
-        shape, total = self.shape, self.device.call_ms["llm"]
+        shape, total = self.shape, self.device.call_ms[f"llm {self.dtype}"]
         lengths = [request.text + visual for visual in request.per_layer or (request.kept,) * shape.layers]
         queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
         for length in set(lengths):
-            values = length * (26 * shape.width + 10 * (queries + keys) + 5 * shape.mlp) * self.size
+            values = length * (26 * shape.width + 10 * (queries + keys) + 3 * shape.mlp) * self.size
             layer = self.linears("llm", length, shape.layers) + self.device.stream_ms(values, self.dtype)
+            layer += self.device.activation_ms(length * shape.mlp, self.dtype)
             layer += self.device.curve_ms("attention", 2.0 * queries * length * (length + 1), self.dtype)
-            total += lengths.count(length) * (layer + self.device.block_ms["llm"])
+            total += lengths.count(length) * (layer + self.device.block_ms[f"llm {self.dtype}"])
         return total + self.product(1, shape.width, shape.vocab)
 
     def decode(self, request: Request, moved: float) -> float:
         shape = self.shape
         read = self.device.read_ms(moved, self.dtype)
-        return read + shape.layers * self.device.block_ms["llm"] + self.device.call_ms["llm"]
+        block, call = (table[f"llm {self.dtype}"] for table in (self.device.block_ms, self.device.call_ms))
+        return read + shape.layers * block + call
 
 
 def table(device: Device) -> list[list[Any]]:
@@ -108,4 +111,5 @@ def table(device: Device) -> list[list[Any]]:
         rows.append(["attention", name, max(rate for _, rate in device.attention[name]), "FLOP/s"])
         rows.append(["reading weights", name, device.bandwidth[name], "B/s"])
         rows.append(["single values", name, device.stream[name], "B/s"])
+        rows.append(["activation", name, device.activation[name], "values/s"])
     return rows
