@@ -2,9 +2,11 @@
 
     python benchmarks/methods.py --limit 32 --data DIR --out benchmarks/results/methods.json
 
-Every registered reduction that fits the model is asked at each kept fraction. Differences are paired, question by
-question: the mean over tasks of each task's difference, with a bootstrap interval; so is every task by itself. The file
-is written after each recipe, and a run that was stopped goes on where it was when --resume is given.
+Every registered reduction that fits the model is asked at each kept fraction. Where a method's tokens leave inside the
+language model, so do those of its random baseline: layers that see everything carry much of the picture on.
+Differences are paired, question by question: the mean over tasks of each task's difference, with a bootstrap interval;
+so is every task by itself. The file is written after each recipe, and a run that was stopped goes on where it was when
+--resume is given.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import foveate
 from foveate.optimize.samples import Split, splits
 from foveate.optimize.workbench import ModelWorkbench
 from foveate.progress import track
+from foveate.recipe import Recipe
 from foveate.registry import METHODS
 from foveate.tasks.base import find_tasks
 from foveate.tasks.stats import paired_bootstrap, wilson
@@ -42,10 +45,20 @@ def recipes(bench: ModelWorkbench) -> list[str]:
             method = METHODS.get(name)
             if "keep" in method.parameters():
                 found.append(method.from_params({"keep": keep}).text())
-    found += [
-        METHODS.get(name).from_params({}).text() for name in names if "keep" not in METHODS.get(name).parameters()
-    ]
+        found.append(METHODS.get(BASELINE).from_params({"keep": keep, "layer": 1}).text())
     return [*found, *OTHERS]
+
+
+def baseline(recipe: str, bench: ModelWorkbench) -> str | None:
+    """Random tokens at the same fraction, leaving where the method's first tokens leave; None where none do."""
+    method = Recipe.parse(recipe).methods[0]
+    if "+" in recipe or method.socket != "reduce" or method.name == BASELINE:
+        return None
+    first = method.steps(bench.vlm.adapter.shape)[0]
+    if first.site == "compute":
+        return None
+    layer = {"layer": first.layer} if first.site == "llm" else {}
+    return METHODS.get(BASELINE).from_params({"keep": method.keep, **layer}).text()
 
 
 def delta(first: np.ndarray, second: np.ndarray, groups: list[str]) -> dict[str, float]:
@@ -84,6 +97,7 @@ def plots(report: dict[str, Any], folder: Path) -> None:
         rows: dict[str, list[float | None]] = {}
         for recipe, result in report["recipes"].items():
             name, _, rest = recipe.partition("(keep=")
+            name += " in the LLM" if "layer=" in rest else ""
             if rest and "+" not in recipe and (found := result.get(key)):
                 keep = KEEPS.index(float(rest.partition(",")[0].strip(")")))
                 rows.setdefault(name, [None] * len(KEEPS))[keep] = 100 * found["value"]
@@ -99,7 +113,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=32, help="questions per task")
     parser.add_argument("--seed", type=int, default=20261121)
     parser.add_argument("--data", type=Path, help="folder with easy-vqa and nlvr, which are then asked as well")
-    parser.add_argument("--only", action="append", help="methods to run, default all")
+    parser.add_argument("--only", action="append", help="methods to run (again), default all")
     parser.add_argument("--resume", action="store_true", help="keep the recipes that --out already holds")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/methods.json"))
     parser.add_argument("--images", type=Path, default=Path("docs/images"), help="folder of the plots")
@@ -116,21 +130,16 @@ def main() -> None:
     report["dense"] = row(dense, dense, None, groups)
     report["refused"] = dict(sorted(bench.refused.items()))
     report["recipes"] = {}
-    random: dict[str, np.ndarray] = {}
     for recipe in track(recipes(bench), "recipes"):
-        name, _, rest = recipe.partition("(")
-        if args.only and name not in (*args.only, BASELINE):
-            continue
-        budget = rest.partition(",")[0].strip(")")
-        if recipe in old:
+        name = recipe.partition("(")[0]
+        if recipe in old and name not in (args.only or ()):
             report["recipes"][recipe] = old[recipe]
-        if recipe not in old or name == BASELINE:
-            scores = bench.scores(recipe, "choose", n)
-            if name == BASELINE:
-                random[budget] = scores
-            rival = None if name == BASELINE or "+" in recipe else random.get(budget)
+        elif not args.only or name in args.only:
+            rival = baseline(recipe, bench)
+            random = bench.scores(rival, "choose", n) if rival else None
             cost = bench.cost(recipe)
-            report["recipes"][recipe] = row(scores, dense, rival, groups) | {
+            report["recipes"][recipe] = row(bench.scores(recipe, "choose", n), dense, random, groups) | {
+                "baseline": rival,
                 "flops": round(cost.flops / bench.cost("").flops, 4),
                 "tokens": round(cost.tokens / bench.cost("").tokens, 4),
             }

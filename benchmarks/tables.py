@@ -177,6 +177,7 @@ def methods_grid(report: Row | None) -> str:
     grid: dict[str, dict[str, Row]] = {}
     for recipe, result in report["recipes"].items():
         name, _, rest = recipe.partition("(keep=")
+        name += " in the language model" if "layer=" in rest else ""
         if rest and "+" not in recipe:
             grid.setdefault(name, {})[rest.partition(",")[0].strip(")")] = result
     keeps = sorted({keep for row in grid.values() for keep in row}, key=float, reverse=True)
@@ -188,12 +189,13 @@ def methods_grid(report: Row | None) -> str:
             delta, rival = (row[keep].get(key) for key in ("paired", "against_random")) if keep in row else (None, None)
             mark = " ▲" if rival and rival["low"] > 0 else " ▼" if rival and rival["high"] < 0 else ""
             cells.append(f"{100 * delta['value']:+.1f}{mark}".replace("-", "−") if delta else "")
-        rivals = [result["against_random"] for result in row.values() if "against_random" in result]
+        rivals = [found for result in row.values() if (found := result.get("against_random"))]
         if rivals:
             always += [name] if all(r["low"] > 0 for r in rivals) else []
             never += [name] if not any(r["low"] > 0 for r in rivals) else []
             worse += [name] if any(r["high"] < 0 for r in rivals) else []
-        rows.append([f"[`{name}`](methods/{name}.md)", *cells])
+        word, _, where = name.partition(" ")
+        rows.append([f"[`{word}`](methods/{word}.md) {where}".strip(), *cells])
 
     def listed(names: list[str]) -> str:
         return ", ".join(f"`{name}`" for name in names) or "none"
@@ -205,8 +207,8 @@ def methods_grid(report: Row | None) -> str:
     dense = report["dense"]
     about = (
         f"Points of mean accuracy against dense ({dense['mean']:.3f}, {len(dense['tasks'])} tasks of "
-        f"{report.get('limit', '?')} questions); ▲ better, ▼ worse than random tokens at the same budget, the 95 % "
-        f"interval of the paired difference being away from zero."
+        f"{report.get('limit', '?')} questions). ▲ better, ▼ worse than random tokens at the same fraction and place, "
+        f"the 95 % interval of the paired difference being away from zero."
     )
     head = ["method", *(f"keep {keep}" for keep in keeps)]
     return f"{about}\n\n{table(head, rows)}\n\n{said}\n\n{conditions(report)}"
@@ -225,12 +227,13 @@ def method(name: str, report: Row | None) -> str:
         worst = sorted(falls, key=falls.__getitem__)[:3]
         shown = ", ".join(f"{task.removeprefix('world/')} {signed(falls[task])}" for task in worst if falls[task] < 0)
         paired = [with_interval(result.get(key)) for key in ("paired", "against_random")]
-        rows.append([f"`{recipe}`", f"{result['mean']:.3f}", *paired, shown or "none falls"])
+        flops = f"{result['flops']:.2f}x" if "flops" in result else ""
+        rows.append([f"`{recipe}`", flops, f"{result['mean']:.3f}", *paired, shown or "none falls"])
     if not rows:
         return f"*Not taken yet: `benchmarks/results/methods.json` holds no recipe of `{name}`.*"
-    head = ["recipe", "mean accuracy", "against dense [95 %]", "against random tokens [95 %]", "falls most"]
-    if not any(row[3] for row in rows):
-        head, rows = [*head[:3], head[4]], [[*row[:3], row[4]] for row in rows]
+    head = ["recipe", "FLOPs", "mean accuracy", "against dense [95 %]", "against random tokens [95 %]", "falls most"]
+    if not any(row[4] for row in rows):
+        head, rows = [*head[:4], head[5]], [[*row[:4], row[5]] for row in rows]
     lines = (
         f"Dense: {dense['mean']:.3f}, mean over {len(dense['tasks'])} tasks of {report.get('limit', '?')} questions."
     )
