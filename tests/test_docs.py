@@ -183,11 +183,35 @@ def test_method_table_shows_paired_differences():
     tables = module("benchmarks/tables.py")
     dense = {"mean": 0.8, "tasks": {"world/mark": {"accuracy": 0.9}, "world/bar": {"accuracy": 0.7}}}
     half = {"mean": 0.65, "tasks": {"world/mark": {"accuracy": 0.5}, "world/bar": {"accuracy": 0.8}}}
-    half["paired"] = {"value": -0.15, "low": -0.2, "high": -0.1}
+    half |= {"paired": {"value": -0.15, "low": -0.2, "high": -0.1}, "flops": 0.9}
     report = {"dense": dense, "limit": 96, "recipes": {"uniform(keep=0.5)": half, "uniform(keep=0.5) + int8": half}}
     text = tables.method("uniform", report)
-    assert "| `uniform(keep=0.5)` | 0.650 | −0.15 [−0.20, −0.10] | mark −0.40 |" in text
-    assert "+ int8" not in text and "+ int8" in tables.method("", report)
+    assert "| `uniform(keep=0.5)` | 0.90x | 0.650 | −0.15 [−0.20, −0.10] | mark −0.40 |" in text
+    assert "+ int8" not in text
+
+
+def test_methods_grid_marks_what_random_tokens_do_as_well():
+    tables = module("benchmarks/tables.py")
+    dense = {"mean": 0.8, "tasks": {"world/mark": {"accuracy": 0.8}}}
+
+    def row(value, rival):
+        rival = rival and dict(zip(("value", "low", "high"), rival))
+        return {"paired": {"value": value, "low": value - 0.1, "high": value + 0.1}, "against_random": rival}
+
+    recipes = {
+        "random(keep=0.5)": row(-0.3, None),
+        "fastervlm(keep=0.5)": row(-0.1, (0.2, 0.1, 0.3)),
+        "uniform(keep=0.5)": row(-0.4, (-0.1, -0.15, -0.05)),
+        "fastv(keep=0.5)": row(0.0, (0.0, -0.1, 0.1)),
+        "random(keep=0.5, layer=1)": row(0.0, None),
+    }
+    text = tables.methods_grid({"dense": dense, "limit": 9, "recipes": recipes})
+    assert "| [`fastervlm`](methods/fastervlm.md) | −10.0 ▲ |" in text
+    assert "| [`uniform`](methods/uniform.md) | −40.0 ▼ |" in text
+    assert "| [`random`](methods/random.md) in the language model | +0.0 |" in text
+    assert "at every budget: `fastervlm`. At no budget: `uniform`, `fastv`. Worse" in text or (
+        "At no budget: `fastv`, `uniform`. Worse" in text
+    )
 
 
 def test_a_block_without_an_end_is_an_error(tmp_path):
