@@ -62,6 +62,11 @@ class Table:
 
     def stage(self, title: str, questions: int) -> None: ...
 
+    def expect(self, recipes: list[str]) -> None: ...
+
+    def recall(self, key: str, value: int | None = None) -> int | None:
+        return value
+
     def upgrades(self, recipe: str, most: int) -> list[str]:
         return []
 

@@ -404,9 +404,34 @@ def plan_check(report: Row | None) -> str:
     return f"{table(head, rows)}\n\n{note}\n\n{conditions(report)}"
 
 
+def search(report: Row | None) -> str:
+    """How much of the true front each strategy finds, beside random search with as many evaluations."""
+    if report is None:
+        return missing("search")
+    rows = []
+    for name, row in sorted(report["runs"].items(), key=lambda item: -item[1]["median"]):
+        against = "" if name == "random" else f"{row['p_against_random']:.4f}"
+        spread = f"{row['low']:.4f} … {row['high']:.4f}"
+        rows.append([f"`{name}`", f"{row['median']:.4f}", spread, f"{row['first_five']:.4f}", against])
+    head = [
+        "strategy",
+        "share of hypervolume, median",
+        "lowest … highest",
+        "first five seeds",
+        "sign test against random",
+    ]
+    seeds = len(next(iter(report["runs"].values()))["values"])
+    lines = (
+        f"{report['evaluations']} of {report['recipes']} recipes evaluated on {report['questions']} questions, "
+        f"{seeds} seeds."
+    )
+    return f"{table(head, rows)}\n\n{lines}\n\n{conditions(report)}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Row | None], str]]] = {
     "methods": ("methods", methods_grid),
     "nano_quality": ("nano_quality", nano_quality),
+    "search": ("search", search),
     "nano_real": ("nano_quality", nano_real),
     "nano_limits": ("nano_quality", nano_limits),
     "plan_check": ("plan_check", plan_check),

@@ -1,12 +1,17 @@
-"""Draw the pictures of the docs that come from the library itself: the contact sheet and the kept tokens.
+"""Draw the pictures of the docs that come from the library itself: the contact sheet, kept tokens, a report.
 
-    python docs/pictures.py
-
-`images/report.png` is a screenshot of a report.html in a browser.
+python docs/pictures.py                                the contact sheet and the kept tokens
+python docs/pictures.py --report out/report.html       a screenshot of the report instead; needs Chromium
 """
 
 from __future__ import annotations
 
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 from PIL import Image
@@ -46,7 +51,57 @@ def kept_tokens() -> Image.Image:
     return sheet
 
 
-if __name__ == "__main__":
+def browser() -> str | None:
+    """The path of a Chromium, or None."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    return next((found for name in names if (found := shutil.which(name))), None)
+
+
+def open_page(page: Path, picture: Path | None = None, size: tuple[int, int] = (1180, 1240)) -> dict[str, object]:
+    """What a headless browser says about a page: {"dom": its HTML as parsed, "console": lines, "urls": addresses that
+    were asked for}. picture: where a screenshot goes. Raises SystemExit without a browser."""
+    program = browser()
+    if program is None:
+        raise SystemExit("no Chromium was found; install one, for example: apt-get install chromium")
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "net.json"
+        command = [
+            program,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--no-first-run",
+            "--enable-logging=stderr",
+            "--host-resolver-rules=MAP * ~NOTFOUND",  # no network
+            f"--user-data-dir={folder}/profile",
+            f"--log-net-log={log}",
+            f"--window-size={size[0]},{size[1]}",
+            f"--screenshot={picture.absolute()}" if picture else "--dump-dom",
+            page.absolute().as_uri(),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        net = log.read_text(encoding="utf-8") if log.is_file() else ""
+    return {
+        "dom": done.stdout,
+        "console": [line for line in done.stderr.splitlines() if "CONSOLE" in line],
+        "urls": sorted(set(re.findall(r'"url":"([^"]*)"', net))),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", type=Path, metavar="PAGE", help="a report.html of foveate optimize")
+    args = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
+    if args.report:
+        if not args.report.is_file():
+            sys.exit(f"{args.report} does not exist")
+        open_page(args.report, IMAGES / "report.png")
+        return
     contact_sheet().save(IMAGES / "world.png")
     kept_tokens().save(IMAGES / "kept.png")
+
+
+if __name__ == "__main__":
+    main()

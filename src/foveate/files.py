@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -182,7 +183,11 @@ def write_tensors(folder: Path, state: dict[str, Tensor]) -> None:
     for name, shard in zip(names, shards):
         # one shard at a time on the CPU; a copy of its own for views, which safetensors refuses
         held = {key: value.detach().cpu().contiguous() for key, value in shard.items()}
-        save_file(held, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(held, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk: an OSError as from every other way to write
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from None
 
 
 @contextmanager

@@ -24,6 +24,8 @@ AXES = {
 """What can be limited, with the words used for it."""
 MEASURED = ("ttft", "tpot", "throughput")
 """Known only after measuring; all other axes are counted before anything runs."""
+HINTED = ("ttft", "tpot")
+"""Measured for finalists; an estimate says beforehand which recipes are not worth it."""
 FLOORS = ("throughput",)
 """More is better: the limit is the least that is asked for."""
 
@@ -58,8 +60,8 @@ class Cost:
 
     flops: tower, connector, selection, prefill and decode. bytes: weights and cache held. tokens: visual tokens that
     reach the language model. size: bytes of the checkpoint's weights. memory: peak, with activations. ttft_ms, tpot_ms,
-    throughput (requests a second in batches): measured, None until then. parts: named shares of `flops` and `bytes`,
-    for the report.
+    throughput (requests a second in batches): measured, None until then. hints: times against dense as a roofline
+    estimates them, by axis, where one is limited. parts: named shares of `flops` and `bytes`, for the report.
     """
 
     flops: float
@@ -71,6 +73,7 @@ class Cost:
     size: float | None = None
     memory: float | None = None
     parts: dict[str, float] = field(default_factory=dict, compare=False)
+    hints: dict[str, float] = field(default_factory=dict, compare=False)
 
     def get(self, axis: str) -> float | None:
         """The value on one axis of `AXES` (FLOPs, bytes, tokens, milliseconds or requests a second)."""
@@ -156,6 +159,16 @@ class Budget:
     def broken(self, cost: Cost, dense: Cost) -> list[str]:
         """The axes whose limit `cost` breaks."""
         return [axis for axis, ratio in self.overruns(cost, dense).items() if ratio > 1 + 1e-9]
+
+    def unlikely(self, cost: Cost) -> dict[str, float]:
+        """{axis: predicted time against dense} of the relative time limits which an estimate makes improbable: it sees
+        less than half of the saving that is asked for."""
+        found = {}
+        for limit in self.limits:
+            hint = cost.hints.get(limit.axis)
+            if hint is not None and limit.relative and cost.get(limit.axis) is None and hint > (1 + limit.value) / 2:
+                found[limit.axis] = hint
+        return found
 
     def relative_cost(self, cost: Cost, dense: Cost) -> float:
         """One number to break ties: the geometric mean of cost / dense over the limited axes that can be predicted."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import foveate
 from foveate.errors import InputError
-from foveate.optimize.budget import Budget
+from foveate.optimize.budget import HINTED, Budget
 from foveate.optimize.result import FILES, check_out, to_report, write
 from foveate.optimize.run import Effort, search
 from foveate.optimize.samples import Split, splits
@@ -93,7 +93,8 @@ def optimize(
     study = _study(vlm, first, second, out, seed)
     if study.resumed:
         say(f"going on from the log of an earlier search, {study.path}")
-    choices = {"methods": methods, "pin": pin, "forbid": forbid, "add": add, "time_on": time_on}
+    hints = any(limit.relative and limit.axis in HINTED for limit in budget.limits)
+    choices = {"methods": methods, "pin": pin, "forbid": forbid, "add": add, "time_on": time_on, "hints": hints}
     bench = ModelWorkbench(vlm, first, second, data=about, study=study, quiet=quiet, **choices)
 
     def told(line: str) -> None:
@@ -185,5 +186,4 @@ def _conditions(vlm: VLM, bench: ModelWorkbench, effort: Effort, seed: int, comm
         f"{effort.shortlist} go on",
         "rounds": "; ".join(f"{n} questions, best {k} go on" for n, k in effort.rungs) + f"; proof {effort.prove}",
         "skipped questions": f"{len(skipped)}" + (f", first: {next(iter(skipped.items()))}" if skipped else ""),
-        **{f"not searched: {name}": reason for name, reason in bench.refused.items()},
     }

@@ -9,7 +9,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from foveate.optimize.budget import AXES, amount, points
+from foveate.optimize.budget import AXES, MEASURED, amount, points
 from foveate.optimize.charts import plots, shares, whisker
 
 Row = dict[str, Any]
@@ -36,6 +36,7 @@ def render(report: Row, pictures: Sequence[Picture] = ()) -> str:
         _timing(report),
         _pictures(pictures),
         _tried(report),
+        _never(report),
         _section("conditions", "Conditions", "", _conditions(report)),
     ]
     style = resources.files("foveate.optimize").joinpath("report.css").read_text(encoding="utf-8")
@@ -203,16 +204,40 @@ def _pictures(pictures: Sequence[Picture]) -> str:
 
 
 def _tried(report: Row) -> str:
-    def table(status: str) -> tuple[int, str]:
-        found = [row for row in report["trials"] if row["status"] == status]
-        rows = [[_code(row["recipe"]), *_costs(row, report), ("wrap", escape(row["reason"]))] for row in found]
-        return len(found), _table(["<recipe", *COSTS, "<why not"], rows)
+    rows = [row for row in report["trials"] if row["status"] == "rejected"]
+    run = sum(row["n"] > 0 for row in report["trials"])
+    cut = "" if report["space"]["cut"] is None else " Time ran out before all that was planned was tried."
+    text = f"{run} recipes answered questions; {len(rows)} of them were rejected.{cut}"
+    table = _reasons(rows, report) if rows else " "
+    return _section("rejected", "Tried and rejected", text, table)
 
-    (run, rejected), (never, pruned) = table("rejected"), table("pruned")
-    parts = [rejected if run else '<p class="muted">No recipe was rejected after running.</p>']
-    if never:
-        parts.append(f"<details><summary>{never} more recipes were never run, and why</summary>{pruned}</details>")
-    return _section("rejected", "Tried and rejected", "", *parts)
+
+def _never(report: Row) -> str:
+    """What was left out before anything ran: how many recipes, by which limit, examples, and methods with reasons."""
+    space, refused = report["space"], report["refused"]
+    reasons = [
+        f"{count} {'take' if axis in MEASURED else 'break the limit of'} {AXES[axis]}"
+        + (" that saves less than half of what is asked, by estimate" if axis in MEASURED else "")
+        for axis, count in space["dropped_by"].items()
+    ]
+    text = (
+        f"The space holds {space['recipes']} combinations. The cost of {space['weighed']} was counted, and "
+        f"{space['dropped']} were never run" + (f": {'; '.join(reasons)}." if reasons else ".")
+    )
+    rows = [row for row in report["trials"] if row["status"] == "pruned"]
+    parts = []
+    if rows:
+        title = f"Examples: {len(rows)} that come nearest"
+        parts.append(f"<details><summary>{title}</summary>{_reasons(rows, report)}</details>")
+    if refused:
+        table = _table(["<method", "<why not"], [[_code(n), ("wrap", escape(why))] for n, why in refused.items()])
+        parts.append(f"<details><summary>{len(refused)} methods were not searched</summary>{table}</details>")
+    return _section("pruned", "Left out before running", text, "".join(parts) or " ")
+
+
+def _reasons(rows: Sequence[Row], report: Row) -> str:
+    shown = [[_code(row["recipe"]), *_costs(row, report), ("wrap", escape(row["reason"]))] for row in rows]
+    return _table(["<recipe", *COSTS, "<why not"], shown)
 
 
 def _conditions(report: Row) -> str:

@@ -71,7 +71,13 @@ def to_report(found: Outcome, *, model: str, data: str, conditions: dict[str, An
         "nearest": [_trial_row(trial) for trial in found.nearest],
         "trials": [_trial_row(trial) for trial in found.trials],
         "refused": found.refused,
-        "space": {"recipes": found.space, "dropped": found.dropped},
+        "space": {
+            "recipes": found.space,
+            "weighed": found.weighed,
+            "dropped": sum(found.dropped_by.values()),
+            "dropped_by": found.dropped_by,
+            "cut": found.cut,
+        },
         "seconds": round(found.seconds, 1),
         "conditions": conditions,
     }

@@ -55,12 +55,19 @@ class Workbench(Protocol):
     def stage(self, title: str, questions: int) -> None:
         """Progress of the next answers."""
 
+    def expect(self, recipes: Sequence[str]) -> None:
+        """These are asked for next: what they share need be computed once only."""
+
     def time(self, recipe: str) -> dict[str, Any]:
         """Time to first token of the recipe against dense, {"ms", "dense_ms", "ratio", "low", "high", "pairs", ...},
         and the same under "tpot" for each further token."""
 
     def measure(self, recipe: str, axis: str) -> dict[str, float]:
         """{"value", "dense"} of "throughput" or "memory", measured."""
+
+    def recall(self, key: str, value: int | None = None) -> int | None:
+        """A number that hangs on the clock: logged when it is given, and what the log holds, None for nothing. A search
+        that goes on from its log repeats it instead of the clock."""
 
     def upgrades(self, recipe: str, most: int) -> list[str]:
         """The recipe with calibrated weight methods of the same size in the place of an uncalibrated one."""
@@ -89,20 +96,20 @@ class Effort:
     "what picks the recipes to try: a name of STRATEGIES"
     recipes: int = 40
     "recipes that are tried on a few questions"
-    explore: int = 64
+    explore: int = 40
     "those few questions"
-    upgrades: int = 3
+    upgrades: int = 2
     "calibrated weight methods that are tried in the best recipe"
-    shortlist: int = 14
+    shortlist: int = 10
     "recipes that go on to the first round"
-    rungs: tuple[tuple[int, int], ...] = ((256, 6), (1024, 3))
+    rungs: tuple[tuple[int, int], ...] = ((160, 5), (512, 2))
     "rounds: questions in all, recipes that go on"
-    prove: int = 1600
+    prove: int = 800
     "held-back questions of the proof"
-    timed: int = 2
+    timed: int = 1
     "finalists that are timed"
-    patience: float = 100.0
-    "seconds after which no further recipe is tried"
+    patience: float = 120.0
+    "seconds of work after which no further recipe is tried, which the report then says"
 
     @property
     def choose(self) -> int:
@@ -137,8 +144,9 @@ class Effort:
 class Outcome:
     """What a search found. `winner` is None when nothing meets the budget, or nothing was measured before Ctrl-C.
 
-    trials: all that were run, and examples of those that were not. space: recipes in the space; dropped: of those that
-    were weighed, the ones that break a limit by their counted cost.
+    trials: all that were run, and examples of those that were not. space: recipes in the space; weighed: those whose
+    cost was counted; dropped_by: how many of them were never run, by the limit that stood in the way. cut: recipes that
+    were tried when the time for exploring was over, None when it was enough.
     """
 
     budget: Budget
@@ -155,7 +163,9 @@ class Outcome:
     nearest: list[Trial] = field(default_factory=list)
     refused: dict[str, str] = field(default_factory=dict)
     space: int = 0
-    dropped: int = 0
+    weighed: int = 0
+    dropped_by: dict[str, int] = field(default_factory=dict)
+    cut: int | None = None
     interrupted: bool = False
     seconds: float = 0.0
 
@@ -191,7 +201,7 @@ def search(
             found.winner = choose(found.trials, budget, found.dense)
         say("interrupted: keeping the best so far")
     found.trials += context.dropped
-    found.dropped = context.num_dropped
+    found.weighed, found.dropped_by = context.weighed, context.dropped_by
     if found.winner:
         found.winner.status = "chosen"
         found.winner.reason = ""
@@ -205,8 +215,11 @@ def search(
         found.winner and found.proof and found.proof.mean >= -budget.max_loss - 1e-9 and not _fallen(found)
     )
     found.verdict = verdict(found)
-    if found.compare and not found.compare[0]["accuracy"]:
-        found.verdict += " The dense model is right on no sample, so no loss could be seen."
+    if found.cut is not None:
+        found.verdict += (
+            f" Exploring was cut short: {found.cut} of {effort.recipes} recipes were tried in {effort.patience:g} s, "
+            "so a faster machine may find another recipe."
+        )
     found.seconds = time.monotonic() - start
     return found
 
@@ -220,7 +233,7 @@ def explore(bench: Workbench, found: Outcome, context: Context, effort: Effort, 
     n, groups, skills = context.samples, bench.choose.tasks, bench.choose.skills
     strategy = STRATEGIES.get(effort.strategy)(context)
     bench.stage(f"explore ({effort.strategy})", n * (effort.recipes + 1))
-    start = time.monotonic()
+    start, cut = _clocks(), bench.recall("explored")
     dense = bench.scores("", "choose", n)
 
     def attempt(recipe: str) -> None:
@@ -235,14 +248,18 @@ def explore(bench: Workbench, found: Outcome, context: Context, effort: Effort, 
         batch = strategy.ask(found.trials)[: effort.recipes - len(found.trials)]
         if not found.trials:
             reachable = any(not found.budget.broken(context.cost(r), found.dense) for r in batch)
-            say(f"{context.space.size} recipes in the space; {context.num_dropped} of those weighed break a limit")
+            never = sum(context.dropped_by.values())
+            say(f"{context.space.size} recipes in the space, {context.weighed} weighed, {never} of them break a limit")
             if not reachable and batch:
                 say("none meets the budget, so the nearest are measured")
         if not batch:
             break
-        if time.monotonic() - start > effort.patience:
-            say(f"{effort.patience:g} s of exploring are over: {len(found.trials)} recipes were tried")
+        tried = len(found.trials)
+        if tried and (tried >= cut if cut else worked(start) > effort.patience):
+            found.cut = bench.recall("explored", tried) or tried
+            say(f"{effort.patience:g} s of exploring are over: {tried} recipes were tried")
             break
+        bench.expect(batch)
         for recipe in batch:
             attempt(recipe)
     best = shortlist(list(found.trials), context, 1, final=False)
@@ -252,6 +269,15 @@ def explore(bench: Workbench, found: Outcome, context: Context, effort: Effort, 
             say(f"calibrating {recipe}")
             attempt(recipe)
     return shortlist(found.trials, context, effort.shortlist)
+
+
+def _clocks() -> tuple[float, float]:
+    return time.monotonic(), time.process_time()
+
+
+def worked(start: tuple[float, float]) -> float:
+    """Seconds since `start` without those in which other processes had the machine."""
+    return min(now - then for now, then in zip(_clocks(), start))
 
 
 def shortlist(trials: Sequence[Trial], context: Context, count: int, *, final: bool = True) -> list[Trial]:
@@ -283,6 +309,7 @@ def _choose(bench: Workbench, found: Outcome, context: Context, effort: Effort, 
     alive = explore(bench, found, context, effort, seed, say)
     groups, skills = bench.choose.tasks, bench.choose.skills
     rungs = tuple((min(n, len(groups)), k) for n, k in effort.rungs)
+    bench.expect([trial.recipe for trial in alive])
     survivors = halve(
         alive,
         lambda recipe, n: bench.scores(recipe, "choose", n),
@@ -331,6 +358,7 @@ def _prove(bench: Workbench, found: Outcome, winner: Trial, effort: Effort, seed
         return
     groups, skills = bench.prove.tasks[:n], bench.prove.skills[:n]
     bench.stage("proof", n * (1 + len(roles)))
+    bench.expect(list(roles.values()))
     dense = bench.scores("", "prove", n)
     found.compare.append(_row("dense", "", found.dense, dense, dense, groups, seed))
     for role, recipe in roles.items():
@@ -431,6 +459,11 @@ def verdict(found: Outcome) -> str:
     shown = f"{found.proof.text()} against dense on {found.proof.n} held-back samples"
     if fallen := _fallen(found):
         return f"Not met: {shown}, but the skill {fallen} loses {points(-found.skills[fallen]['delta'])}."
+    if found.met and found.compare and not found.compare[0]["accuracy"]:
+        return (
+            f"Budget met, but nothing is proven: the dense model is right on no sample of {found.proof.n}, so no loss "
+            "could be seen. Look at the answers in the data, and at --scorer."
+        )
     if found.met and found.interrupted:
         return f"Budget met: {shown}; interrupted before the naive choices were compared."
     if found.proof.low >= -found.budget.max_loss:

@@ -140,6 +140,16 @@ def pruned(trial: Trial, budget: Budget, dense: Cost) -> bool:
     return True
 
 
+def improbable(trial: Trial, budget: Budget) -> bool:
+    """Whether an estimate makes a limit on time improbable; the trial then gets the status "pruned" and the reason."""
+    found = budget.unlikely(trial.cost)
+    worst = max(found, key=found.__getitem__, default=None)
+    if worst is None:
+        return False
+    trial.status, trial.reason = "pruned", f"{worst} {found[worst]:.2f}x of dense by estimate"
+    return True
+
+
 def closest(trials: list[Trial], budget: Budget, dense: Cost, count: int) -> list[Trial]:
     """Trials near a budget that none meets: one half the cheapest, one half the mildest that break fewest limits."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from foveate.adapters.shape import SITES
@@ -67,6 +67,8 @@ def _evenly(n: int, most: int) -> list[int]:
     return list(range(n)) if n <= most else [i * n // most for i in range(most)]
 
 
+GROUPS = (16, 8, 0)
+"""Sizes of a group that are tried where a method's own does not divide the inputs of a layer; 0 is one for a row."""
 CALIBRATED = "calibrated: tried in the place of an uncalibrated method of as many bits; --add it to search it"
 
 
@@ -83,12 +85,29 @@ def fitting(vlm: VLM, names: Sequence[str] | None = None) -> tuple[list[type], d
             refused[name] = CALIBRATED
             continue
         try:
-            variants(method)[0].check(vlm)
+            first, *others = variants(method)
+            if settled(first, vlm) is None and not any(settled(other, vlm) for other in others):
+                first.check(vlm)
+            found.append(method)
         except FoveateError as error:
             refused[name] = str(error)
-        else:
-            found.append(method)
     return found, refused
+
+
+def settled(method: Any, vlm: VLM) -> Any | None:
+    """The method if it fits the model, else with smaller groups if that is what it takes (4304 inputs of a tower are no
+    multiple of 32, for example), else None."""
+    for group in (None, *GROUPS):
+        params = {} if group is None else {"group": group}
+        if params and not isinstance(getattr(method, "group", None), int):
+            return None
+        try:
+            other = replace(method, **params) if params else method
+            other.check(vlm)
+        except FoveateError:
+            continue
+        return other
+    return None
 
 
 Genome = tuple[int, ...]
@@ -200,7 +219,8 @@ def build_space(
     """
     options: dict[str, list[str]] = {socket: [] for socket in SLOTS}
     for method in methods:
-        options[method.socket] += [variant.text() for variant in variants(method) if _fits(variant, vlm)]
+        fits = [other.text() for variant in variants(method) if (other := settled(variant, vlm))]
+        options[method.socket] += dict.fromkeys(fits)
     for text in add:
         socket, settings = _settings(text, vlm)
         options[socket] += [setting for setting in settings if setting not in options[socket]]

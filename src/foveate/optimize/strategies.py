@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from foveate.optimize.budget import Budget, Cost
-from foveate.optimize.search import Trial, closest, prune, pruned
+from foveate.optimize.search import Trial, closest, improbable, prune, pruned
 from foveate.optimize.space import Space, name_of
 from foveate.optimize.surrogate import Part, Surrogate, gains, hypervolume
 from foveate.registry import METHODS, Registry
@@ -24,7 +24,7 @@ from foveate.registry import METHODS, Registry
 if TYPE_CHECKING:
     from foveate.optimize.run import Workbench
 
-POOL = 3000
+POOL = 1500
 """Recipes that are weighed against each other without running; a larger space is sampled."""
 BATCH = 8
 SHOWN = 60
@@ -51,8 +51,8 @@ STRATEGIES = Registry(
 class Context:
     """What a strategy knows. front: find the whole trade-off of cost and quality, not the best within the budget.
 
-    samples: questions on which a recipe is tried. dropped: some of the recipes that broke a counted limit, num_dropped
-    of them in all.
+    samples: questions on which a recipe is tried. weighed: recipes whose cost was counted; dropped: some of those that
+    were then left out; dropped_by: how many were, by the limit that each breaks most.
     """
 
     bench: Workbench
@@ -63,8 +63,9 @@ class Context:
     batch: int = BATCH
     front: bool = False
     samples: int = 64
+    weighed: int = 0
     dropped: list[Trial] = field(default_factory=list)
-    num_dropped: int = 0
+    dropped_by: dict[str, int] = field(default_factory=dict)
     _costs: dict[str, Cost] = field(default_factory=dict, repr=False)
     _parts: dict[str, tuple[Part, ...]] = field(default_factory=dict, repr=False)
 
@@ -75,8 +76,9 @@ class Context:
         return self._costs[recipe]
 
     def fits(self, recipe: str) -> bool:
-        """Whether no counted limit is broken."""
-        return self.front or not self.budget.broken(self.cost(recipe), self.dense)
+        """Whether no counted limit is broken, and none of time improbable."""
+        cost = self.cost(recipe)
+        return self.front or not (self.budget.broken(cost, self.dense) or self.budget.unlikely(cost))
 
     def relative(self, recipe: str) -> float:
         """Cost against dense, one number."""
@@ -137,19 +139,27 @@ class _Pooled:
         every = [r for r in context.space.recipes(POOL, random.Random(context.seed)) if r]
         if context.front:
             return every
-        fitting, trials = [], []
-        for recipe in every:
-            trial = Trial(recipe, context.cost(recipe))
-            if pruned(trial, context.budget, context.dense):
-                trials.append(trial)
-            else:
-                fitting.append(recipe)
+        budget, dense, trials = context.budget, context.dense, [Trial(recipe, context.cost(recipe)) for recipe in every]
+        broken = [trial for trial in trials if pruned(trial, budget, dense)]
+        fitting = [trial for trial in trials if trial.status == "alive"]
+        slow = [trial for trial in fitting if improbable(trial, budget)]
+        if slow and len(slow) == len(fitting):  # an estimate alone is no reason to say that there is none
+            slow.sort(key=lambda t: (max(budget.unlikely(t.cost).values()), t.recipe))
+            for trial in slow[: 2 * BATCH]:
+                trial.status, trial.reason = "alive", ""
+            slow = slow[2 * BATCH :]
+        chosen = [trial.recipe for trial in fitting if trial.status == "alive"]
         # The examples are those that come nearest: what the report can say about a limit hangs on them.
-        trials.sort(key=lambda t: max(context.budget.overruns(t.cost, context.dense).values()))
-        context.num_dropped, context.dropped = len(trials), trials[:SHOWN]
-        if fitting or not trials:
-            return fitting
-        near = closest([context.trial(t.recipe) for t in trials], context.budget, context.dense, 2 * BATCH)
+        broken.sort(key=lambda t: max(budget.overruns(t.cost, dense).values()))
+        slow.sort(key=lambda t: max(budget.unlikely(t.cost).values()))
+        context.weighed = len(trials)
+        context.dropped = [*broken[: SHOWN - min(len(slow), SHOWN // 2)], *slow[: SHOWN // 2]]
+        for trial in (*broken, *slow):
+            axis = trial.reason.split()[0]
+            context.dropped_by[axis] = context.dropped_by.get(axis, 0) + 1
+        if chosen or not broken:
+            return chosen
+        near = closest([context.trial(t.recipe) for t in broken], budget, dense, 2 * BATCH)
         chosen = [trial.recipe for trial in near]
         context.dropped = [trial for trial in context.dropped if trial.recipe not in chosen]
         return chosen

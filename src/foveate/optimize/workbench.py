@@ -22,9 +22,10 @@ from foveate.bench import cost as costs
 from foveate.effect import cache_bytes_per_token
 from foveate.errors import FoveateError, InputError
 from foveate.optimize.budget import Cost
+from foveate.optimize.estimate import Estimator
 from foveate.optimize.report import Picture
 from foveate.optimize.samples import Question, Split
-from foveate.optimize.space import Space, build_space, fitting, name_of, upgrades
+from foveate.optimize.space import Space, build_space, fitting, name_of, settled, upgrades
 from foveate.optimize.study import Study
 from foveate.progress import Progress
 from foveate.recipe import Recipe
@@ -57,8 +58,8 @@ class ModelWorkbench:
 
     choose, prove: the questions; those that cannot be planned or read are dropped, with the reason in `skipped`.
     methods: names of the methods to search, default all that are registered. pin, forbid, add: as `build_space`.
-    time_on: an architecture preset on which times are measured, with random weights. study: the log, whose scores are
-    not asked for again. Raises InputError if no question is left.
+    time_on: an architecture preset on which times are measured, with random weights. hints: estimate times as well.
+    study: the log, whose scores are not asked for again. Raises InputError if no question is left.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class ModelWorkbench:
         forbid: Sequence[str] = (),
         add: Sequence[str] = (),
         time_on: str | None = None,
+        hints: bool = False,
         study: Study | None = None,
         batch_size: int = 64,
         quiet: bool = False,
@@ -83,6 +85,8 @@ class ModelWorkbench:
         self._choices = {"pin": pin, "forbid": forbid, "add": add}
         self._space: Space | None = None
         self._timed, self._timing = time_on, None
+        self._hints: Estimator | None = None
+        self._wants_hints = hints
         self._study = study or Study(None)
         self.batch_size, self.quiet = batch_size, quiet
         self._bar: Progress | None = None
@@ -137,11 +141,20 @@ class ModelWorkbench:
             space = build_space(self.vlm, self.methods, **self._choices)
             asked = {*self._choices["pin"], *self._choices["add"]}
             dense = self.cost("")
+            useless: dict[str, str] = {}
             for slot, options in enumerate(space.slots):
                 if "" in options:
-                    space.slots[slot] = [text for text in options if not text or self._saves(text, dense, asked)]
+                    space.slots[slot] = [t for t in options if not t or self._saves(t, dense, asked, useless)]
+            left = {name_of(text) for options in space.slots for text in options}
+            self.refused |= {name: reason for name, reason in useless.items() if name not in left}
             self._space = space
         return self._space, self.refused
+
+    def recall(self, key: str, value: int | None = None) -> int | None:
+        if value is not None:
+            self._study.add_cost("", key, {"value": value})
+        logged = self._study.cost("", key)
+        return None if logged is None else int(logged["value"])
 
     def upgrades(self, recipe: str, most: int) -> list[str]:
         if self._choices["pin"] or self._only:
@@ -150,21 +163,19 @@ class ModelWorkbench:
         found = upgrades(self.vlm, recipe, most + len(banned))
         return [text for text in found if not banned & {m.name for m in parse(text)}][:most]
 
-    def _saves(self, text: str, dense: Cost, asked: set[str]) -> bool:
-        """Whether a method makes anything cheaper that is counted; if not it is refused, unless the user asked for it.
-
-        Zeros among dense weights, for example, cost as much as other weights.
-        """
+    def _saves(self, text: str, dense: Cost, asked: set[str], useless: dict[str, str]) -> bool:
+        """Whether a setting makes anything cheaper that is counted; if not the reason is in `useless`, unless the user
+        asked for it. Zeros among dense weights, for example, cost as much as other weights."""
         if text in asked or name_of(text) in asked or name_of(text) == "random":
             return True
         try:
             cost = self.cost(text)
         except FoveateError as error:
-            self.refused[name_of(text)] = str(error)
+            useless[name_of(text)] = str(error)
             return False
         saves = any((cost.get(a) or 0) < 0.999 * (dense.get(a) or 0) for a in ("flops", "bytes", "tokens", "memory"))
         if not saves:
-            self.refused.setdefault(name_of(text), f"{text} makes nothing cheaper that is counted; --add it to try it")
+            useless.setdefault(name_of(text), f"{text} makes nothing cheaper that is counted; --add it to try it")
         return saves
 
     def cost(self, recipe: str) -> Cost:
@@ -178,10 +189,25 @@ class ModelWorkbench:
         stages = {stage: work[stage] for stage in costs.STAGES}
         cache = per_token * work["cached"]
         parts = {**stages, "weights": weights, "cache": cache}
-        memory = weights + cache + work["activations"]
         return Cost(
-            sum(stages.values()), weights + cache, work["tokens"], size=float(weights), memory=memory, parts=parts
+            sum(stages.values()),
+            weights + cache,
+            work["tokens"],
+            size=float(weights),
+            memory=weights + cache + work["activations"],
+            parts=parts,
+            hints=self._estimator().ratios(recipe) if self._wants_hints else {},
         )
+
+    def _estimator(self) -> Estimator:
+        """Estimates of time for the question of middling length, on the model that is timed."""
+        if self._hints is None:
+            plans, timed = self._plans["choose"], self._for_times()
+            middle = sorted(range(len(plans)), key=lambda i: plans[i].num_tokens)[len(plans) // 2]
+            plan = timed.plan(self.choose.questions[middle].item.messages)
+            shape = costs.ModelShape.from_config(timed.model.config, timed.spec)
+            self._hints = Estimator(shape, costs.Request.from_plan(plan, shape, new=2), timed)
+        return self._hints
 
     def _of_reducers(self, recipe: str) -> dict[str, float]:
         """Means over the requests under the reducers of a recipe: FLOPs by stage, "cached" and visual "tokens",
@@ -326,12 +352,7 @@ class ModelWorkbench:
         parsed = parse(recipe)
         weights, reducers = Recipe(parsed.of("weights")).text(), parsed.of("reduce")
         vlm = self._model(weights)
-        steps = steps_of(reducers, vlm.adapter.shape)
-        key = f"{self._encoder_key(weights)} to {stop_of(steps)}"
-        if any(step.site in BEFORE_FEATURES for step in steps):
-            key += f" by {Recipe(reducers).text()}"  # the features themselves hang on the recipe
-        readers = self._readers.setdefault(key, {})
-        readers.update({reducer.name: steps_of([reducer], vlm.adapter.shape) for reducer in reducers})
+        key, readers = self._read(weights, reducers)
         wanted = {reducer.name for reducer in reducers}
         kept = self._features.get
         missing = [i for i in indices if (found := kept((key, split, i))) is None or not wanted <= found[0]]
@@ -344,6 +365,22 @@ class ModelWorkbench:
                 fresh[index] = part
                 self._keep((key, split, index), frozenset(readers), part)
         return [fresh.get(i) or self._features[key, split, i][1] for i in indices]
+
+    def expect(self, recipes: Sequence[str]) -> None:
+        """One pass of the tower will serve all these recipes that share its weights."""
+        for recipe in recipes:
+            parsed = parse(recipe)
+            self._read(Recipe(parsed.of("weights")).text(), parsed.of("reduce"))
+
+    def _read(self, weights: str, reducers: Sequence[Any]) -> tuple[str, dict[str, tuple[Any, ...]]]:
+        """(key of the features that these methods start from, all methods known to read them), these among them."""
+        steps = steps_of(reducers, self.vlm.adapter.shape)
+        key = f"{self._encoder_key(weights)} to {stop_of(steps)}"
+        if any(step.site in BEFORE_FEATURES for step in steps):
+            key += f" by {Recipe(reducers).text()}"  # the features themselves hang on the recipe
+        readers = self._readers.setdefault(key, {})
+        readers.update({reducer.name: steps_of([reducer], self.vlm.adapter.shape) for reducer in reducers})
+        return key, readers
 
     def _keep(self, place: tuple[str, str, int], readers: frozenset[str], part: Encoded) -> None:
         """Remember features and signals while there is room."""
@@ -412,15 +449,9 @@ class ModelWorkbench:
                 # Tokens that leave in several places, or inside the language model: the same mean number of tokens.
                 keep = max(0.001, min(1.0, round(self.cost(recipe).tokens / max(1e-9, self.cost("").tokens), 3)))
             found["random tokens"] = parse(" + ".join([f"random(keep={keep})", *rest])).text()
-        for text in ("rtn(bits=4, parts=[llm, vision_tower, mm_projector])", "rtn(bits=4, group=0)"):
-            try:
-                int4 = parse(text)
-                int4.check(self.vlm)
-            except FoveateError:
-                continue
-            if int4.text() != recipe:
-                found["uniform int4"] = int4.text()
-            break
+        int4 = settled(parse("rtn(bits=4, parts=[llm, vision_tower, mm_projector])").methods[0], self.vlm)
+        if int4 and int4.text() != recipe:
+            found["uniform int4"] = int4.text()
         return found
 
     def pictures(self, recipe: str) -> list[Picture]:
