@@ -324,9 +324,28 @@ def speed(name: str, report: Row | None) -> str:
     if not name:
         parts += [_speed_memory(run) for run in report["runs"] if run.get("memory")]
     marks = (
-        f"✗: selection above {SELECTION:.0%} of the dense prefill, or TTFT over {BEYOND:.0%} from what FLOPs predict."
+        f"{_speed_met(report, name)} ✗: selection above {SELECTION:.0%} of the dense prefill, or TTFT over "
+        f"{BEYOND:.0%} from what FLOPs predict."
     )
     return "\n\n".join([*parts, marks, conditions(report)])
+
+
+def _speed_met(report: Row, name: str) -> str:
+    """How many rows meet both targets, and how noisy the runs were."""
+    sizes = [size for run in report["runs"] for size in run["sizes"]]
+    rows = [row for size in sizes for row in size["rows"] if "failed" not in row and _is_of(row["recipe"], name)]
+    cheap = sum(row["selection_share"]["value"] <= SELECTION for row in rows)
+    counted = [row for row in rows if _counted(row)]
+    near = sum(abs(row["ttft_over_predicted"] - 1) <= BEYOND for row in counted)
+    return (
+        f"Selection costs at most {SELECTION:.0%} of the dense prefill in {cheap} of {len(rows)} rows; TTFT lies "
+        f"within {BEYOND:.0%} of what FLOPs predict in {near} of {len(counted)}."
+    )
+
+
+def _counted(row: Row) -> bool:
+    """Whether the counts know what a recipe saves; they do not know masks inside layers."""
+    return any(tokens < row["visual"] for tokens in row["per_layer"])
 
 
 def _is_of(recipe: str, name: str) -> bool:
@@ -356,7 +375,7 @@ def _speed_row(row: Row, run: Row) -> list[str]:
     pays = f"{crossing['tokens']:.0f}" if crossing["tokens"] else f"≤ {least['tokens']}"
     if crossing["tokens"] is None and most["ratio"] >= 1:
         pays = f"> {most['tokens']}"
-    counted = any(tokens < row["visual"] for tokens in row["per_layer"])  # counts do not know masks in layers
+    counted = _counted(row)
     return [
         f"`{row['recipe']}`",
         f"{selection['value']:.1%}" + (" ✗" if selection["value"] > SELECTION else ""),

@@ -162,6 +162,7 @@ def test_speed_tables_mark_missed_targets():
     assert "| `fastv(keep=0.25)` | 1.0% | 0.700 [0.600, 0.800] | 0.686 | +2.0% | ≤ 196 |" in text
     assert "| `hired(keep=0.25)` | 4.0% ✗ |" in text and "−15.0% ✗" in text and "`tome" not in text
     assert "| `yopo(keep=0.25)` | 1.0% | 0.700 [0.600, 0.800] |  |  |" in text
+    assert "in 2 of 3 rows" in text and "predict in 1 of 2" in text
     assert "a clip of 4 frames: 784 visual" in text and "3 rounds, 1 dropped" in text
     assert "hired" not in tables.speed("fastv", report) and "no recipe of `random`" in tables.speed("random", report)
     svg = module("benchmarks/curves.py").bars([("fastv", 0.7, 0.5, 0.69)], "time", mark="predicted")
