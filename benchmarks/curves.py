@@ -88,10 +88,10 @@ def heat(rows: dict[str, list[float | None]], columns: list[str], *, title: str,
     return svg.text().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
 
-def bars(rows: list[tuple[str, float, float, float]], axis: str, *, mark: str, width: int = 640) -> str:
+def bars(rows: list[tuple[str, float, float, float | None]], axis: str, *, mark: str, width: int = 640) -> str:
     """An SVG with one bar a row: (name, value, first part of it, what was expected), values as shares of 1.
 
-    The first part is drawn darker, the expectation as a stroke; `mark` says what it is.
+    The first part has a colour of its own, the expectation is a stroke (None: there is none); `mark` says what it is.
     """
     left, right, top, step = 190.0, width - 60.0, 26.0, 17.0
     height = int(top + step * len(rows) + 40)
@@ -107,9 +107,10 @@ def bars(rows: list[tuple[str, float, float, float]], axis: str, *, mark: str, w
     for index, (name, value, first, expected) in enumerate(rows):
         at = top + step * index
         svg.label_at(left - 8, at + 10, name, 11, text_anchor="end")
-        title = f"{name}: {value:.3f}, {mark} {expected:.3f}"
+        title = f"{name}: {value:.3f}" + ("" if expected is None else f", {mark} {expected:.3f}")
         svg.add("rect", title=title, x=x(0), y=at, width=x(value) - x(0), height=step - 5, fill=TINTS[0])
         svg.add("rect", title=title, x=x(0), y=at, width=x(first) - x(0), height=step - 5, fill=TINTS[1])
-        svg.line(x(expected), at - 2, x(expected), at + step - 3, INK, stroke_width=2)
+        if expected is not None:
+            svg.line(x(expected), at - 2, x(expected), at + step - 3, INK, stroke_width=2)
     svg.label_at((left + right) / 2, height - 5, axis, 12, INK, text_anchor="middle")
     return svg.text().replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)

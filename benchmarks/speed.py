@@ -240,14 +240,19 @@ def break_evens(sizes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def plot(run: dict[str, Any]) -> str:
-    """An SVG of the time to the first token at the smallest fraction kept, of the size with most recipes."""
-    size = max(run["sizes"], key=lambda one: (len(one["rows"]), one["visual"]))
+    """An SVG of the time to the first token at the smallest fraction kept, of the last run of the size with most
+    recipes."""
+    sizes = {(tuple(one["size"]), one["frames"]): one for one in run["sizes"]}.values()
+    size = max(sizes, key=lambda one: (len(one["rows"]), one["visual"]))
     dense = size["dense"]
     before = dense["preprocess_ms"] + dense["tower_ms"]
     fixed = before / (before + dense["prefill_ms"])
     rows = [row for row in size["rows"] if "failed" not in row and row["recipe"].endswith(f"keep={least_keep(size)})")]
-    shown = [(row["recipe"], row["ttft_ratio"]["value"], fixed, row["ttft_predicted"]) for row in rows]
-    axis = f"time to first token / dense, {run['preset']}, {size['visual']} visual tokens (dark: up to the tower)"
+    shown = []
+    for row in rows:
+        counted = any(tokens < row["visual"] for tokens in row["per_layer"])  # counts do not know masks in layers
+        shown.append((row["recipe"], row["ttft_ratio"]["value"], fixed, row["ttft_predicted"] if counted else None))
+    axis = f"time to first token / dense, {size['visual']} visual tokens; red: to the end of the tower"
     return bars(sorted(shown, key=lambda one: one[1]), axis, mark="FLOPs predict")
 
 

@@ -396,6 +396,10 @@ def _speed_memory(run: Row) -> str:
     return table(head, rows)
 
 
+def _ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def plan_check(report: Row | None) -> str:
     """Predicted over measured, time by stage and peak memory."""
     if report is None:
@@ -406,7 +410,7 @@ def plan_check(report: Row | None) -> str:
         for stage in ("tower", "prefill", "decode", "ttft"):
             pair = row["stages"][stage]
             mark = "" if abs(pair["ratio"] - 1) <= PREDICTED_TIME else " ✗"
-            cells.append(f"{pair['predicted']:.3g} / {pair['measured']:.3g}{mark}")
+            cells.append(f"{_ms(pair['predicted'])} / {_ms(pair['measured'])}{mark}")
         memory = report.get("peaks", {}).get(f"{row['preset']} {row['dtype']} {row['recipe']}".strip())
         shown = ""
         if memory:
