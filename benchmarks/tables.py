@@ -417,6 +417,8 @@ def plan_check(report: Row | None) -> str:
             mark = "" if abs(row["bytes"]["peak"] / memory["peak"] - 1) <= PREDICTED_MEMORY else " ✗"
             shown = f"{row['bytes']['peak'] / 1e6:.0f} / {memory['peak'] / 1e6:.0f}{mark}"
         noisy = ", never quiet" if row["noisy"] else ""
+        if row.get("repeats", 1) > 1:
+            noisy += f", {row['repeats']} repeats that spread by {row['spread']['ttft']:.0%}"
         what = f"`{row['preset']}` {row['dtype']}, {row['size'][0]}x{row['size'][1]}{noisy}"
         rows.append([what, f"`{row['recipe']}`" if row["recipe"] else "dense", *cells, shown])
     head = ["model", "recipe", "tower ms", "prefill ms", "a token ms", "TTFT ms", "peak MB"]
