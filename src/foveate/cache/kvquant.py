@@ -55,6 +55,7 @@ class KVQuant(CacheMethod):
     file: str | None = None
 
     name: ClassVar[str] = "kvquant"
+    searched: ClassVar[bool] = False  # levels are fitted anew in each prefill, which makes answers several times slower
     shown: ClassVar[tuple[str, ...]] = ("bits",)
     summary: ClassVar[str] = "keys before the rotary embedding per channel, non-uniform levels, outliers exact"
     space: ClassVar[dict[str, tuple[int, ...]]] = {"bits": (4, 3)}
