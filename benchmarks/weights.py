@@ -53,6 +53,20 @@ def pruners(share: float | str) -> dict[str, str]:
     return {name: f"{name}({what}{'' if name == 'magnitude' else ', DATA'})" for name in PRUNERS}
 
 
+def repairs() -> dict[str, list[str]]:
+    """Recipe texts of low-rank parts beside compressed layers, with and without weighing by the inputs, and of the
+    methods that come in one setting; by method."""
+    broken = ("rtn(bits=3, group=0)", "gptq(bits=3, group=0, DATA)", "wanda(sparsity=0.6, DATA)")
+    broken += (f"sparsegpt(pattern='{PATTERN}', DATA)",)
+    forms = [f"eora(rank={rank}, {how})" for rank in (4, 16) for how in ("DATA", "space=plain")]
+    return {
+        "eora": [f"{base} + {form}" for base in broken for form in forms],
+        "lq_lora": [f"lq_lora(rank=16, bits={bits}, block=8, DATA)" for bits in (4, 3)],
+        "maskllm": [f"maskllm(pattern='{PATTERN}', DATA)"],
+        "fp8_weights": ["fp8_weights"],
+    }
+
+
 def filled(recipe: str, data: str) -> Recipe:
     return Recipe.parse(recipe.replace("DATA", data))
 
@@ -93,6 +107,7 @@ def on_stories(folder: Path, data: Path, documents: int, samples: int) -> dict[s
                 continue  # with the paper's spread no block's share of four differs
             every = share in (0.5, PATTERN) and name != "magnitude"
             wanted += [(name, "sparsity", share, text, source) for source in (SOURCES if every else ["stories"])]
+    wanted += [(name, "repair", "", text, "stories") for name, texts in repairs().items() for text in texts]
     rows = []
     for name, kind, value, text, source in track(wanted, "stories"):
         where = SOURCES[source] if source == "random" else str(data / SOURCES[source])
