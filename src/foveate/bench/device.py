@@ -67,6 +67,10 @@ class Device:
         """Milliseconds of the activation function of so many values; 0 on machines that were not measured."""
         return 1000 * values / self.activation[dtype] if dtype in self.activation else 0.0
 
+    def overhead_ms(self, part: str, dtype: str) -> tuple[float, float]:
+        """Milliseconds that a block of a part ("tower", "llm") takes however small it is, and a whole pass does."""
+        return self._rate(self.block_ms, f"{part} {dtype}"), self._rate(self.call_ms, f"{part} {dtype}")
+
     def _rate(self, table: dict[str, float], dtype: str) -> float:
         if dtype not in table:
             raise InputError(f"{self.label}: {dtype} was not measured; known: {', '.join(table)}")

@@ -72,6 +72,7 @@ class _Machine:
         if not request.views:
             return 0.0
         shape = self.shape
+        block, call = self.device.overhead_ms("tower", self.dtype)
         patches, rows = tower_rows(shape, request)
         pairs = attended(shape, request) / max(1, shape.vision_layers * request.views)
         each = self.device.curve_ms("attention_full", 4.0 * shape.vision_width * pairs, self.dtype)
@@ -80,12 +81,13 @@ class _Machine:
         return (
             self.product(patches, shape.patch_inputs, shape.vision_width)
             + self.linears("vision_tower", rows)
-            + shape.vision_layers * (request.views * each + values + self.device.block_ms[f"tower {self.dtype}"])
-            + self.device.call_ms[f"tower {self.dtype}"]
+            + shape.vision_layers * (request.views * each + values + block)
+            + call
         )
 
     def prefill(self, request: Request) -> float:
-        shape, total = self.shape, self.device.call_ms[f"llm {self.dtype}"]
+        shape = self.shape
+        block, total = self.device.overhead_ms("llm", self.dtype)
         lengths = [request.text + visual for visual in request.per_layer or (request.kept,) * shape.layers]
         queries, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
         for length in set(lengths):
@@ -93,13 +95,13 @@ class _Machine:
             layer = self.linears("llm", length, shape.layers) + self.device.stream_ms(values, self.dtype)
             layer += self.device.activation_ms(length * shape.mlp, self.dtype)
             layer += self.device.curve_ms("attention", 2.0 * queries * length * (length + 1), self.dtype)
-            total += lengths.count(length) * (layer + self.device.block_ms[f"llm {self.dtype}"])
+            total += lengths.count(length) * (layer + block)
         return total + self.product(1, shape.width, shape.vocab)
 
     def decode(self, request: Request, moved: float) -> float:
         shape = self.shape
         read = self.device.read_ms(moved, self.dtype)
-        block, call = (table[f"llm {self.dtype}"] for table in (self.device.block_ms, self.device.call_ms))
+        block, call = self.device.overhead_ms("llm", self.dtype)
         return read + shape.layers * block + call
 
 
