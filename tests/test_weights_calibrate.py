@@ -23,7 +23,7 @@ from foveate.weights.mbq import sensitivity
 from foveate.weights.samples import ANSWER, VISION, draw_examples, token_weights
 from foveate.weights.solve import inverse_factor, sparsegpt
 from foveate.weights.statistics import Statistics
-from foveate.weights.structure import find_groups
+from foveate.weights.structure import find_groups, scale_
 from goldens_io import goldens_dir
 
 PICTURE = np.random.default_rng(3).integers(0, 256, (90, 120, 3), dtype=np.uint8)
@@ -270,6 +270,31 @@ def test_statistics_are_those_of_all_tokens_together():
     only = Statistics(("hessian",))
     only.add(x[0], token_weights(modality, "text"))
     torch.testing.assert_close(only.norm, x[0, :2].square().sum(dim=0) * 7 / 2)
+
+
+def test_statistics_and_dense_layers_follow_a_traded_scale(tiny):
+    """After a trade of scales they are what another pass through the changed block finds."""
+    vlm = apply(tiny, "rtn(bits=8, group=16, parts=[vision_tower])")  # its language model is a copy
+    stream = Stream(vlm, "llm", [Recipe.parse("awq(group=16)").methods[0]], draw_examples(vlm, "auto", 2, 64, 0), None)
+    stream.start()
+    block, kinds = calibrate.Block(stream, 0), ("hessian", "max", "mean", "norm")
+    list(block.collect(kinds))
+    groups = find_groups(block)
+    assert len(groups) > 2
+    for group in groups:
+        width = block.original[group.layers[0]].in_features
+        scale_(block, group, torch.rand(width, generator=torch.Generator().manual_seed(width)) + 0.5)
+    followed = dict(block.statistics)
+    list(block.collect(kinds))
+    for name, found in block.statistics.items():
+        for kind in ("hessian", "norm", "absmax", "absmean"):
+            one, other = getattr(found, kind), getattr(followed[name], kind)
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max()))
+        assert torch.equal(block.original[name].weight, block.module.get_submodule(name).weight)
+    only = Statistics(("norm",))
+    only.add(torch.ones(3, 2))
+    only.divide(torch.tensor([1.0, 2.0]))
+    assert only.norm.tolist() == [3.0, 0.75]
 
 
 def test_no_more_than_one_block_is_worked_on_at_a_time(tiny, monkeypatch):

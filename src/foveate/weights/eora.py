@@ -2,7 +2,8 @@
 
 Source: Liu et al., EoRA (arXiv 2410.21271), from its description alone. Departures: the covariance is the plain mean
 of the paper (the code weighs earlier samples less); eigenvalues that are 0 or negative count as the smallest positive
-one.
+one. After methods that trade scales between layers (awq, mbq, smoothquant) the dense weights and the covariance are
+those in the new scale.
 """
 
 from __future__ import annotations
@@ -20,9 +21,6 @@ from foveate.weights.lowrank import LowRankLinear, eigenspace_low_rank, empty_lo
 
 if TYPE_CHECKING:
     from foveate.weights.calibrate import Block
-
-MOVERS = ("awq", "mbq", "smoothquant")
-"""Methods after which a layer's weight is no rounded copy of the dense one: they move scales between layers."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,7 @@ class EoRA(CalibratedMethod):
         return empty_low_rank(linear, self.rank, dtype)
 
     def compress_(self, block: Block) -> None:
-        before = [method.name for method in block.stream.methods if method is not self]
-        if moved := next((name for name in before if name in MOVERS), None):
-            raise RecipeError(
-                f"eora mends weights against the dense ones, and {moved} has moved scales between layers before; use "
-                "rtn, gptq or a pruner before eora"
-            )
-        if not before:
+        if len(block.stream.methods) == 1:
             raise RecipeError("eora mends what another method compressed; write that method first: rtn(bits=3) + eora")
         for name, layer in block.linears(self).items():
             dense = block.original.get(name)

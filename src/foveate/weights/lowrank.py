@@ -5,6 +5,7 @@ Sources: EoRA (arXiv 2410.21271) and LQ-LoRA (arXiv 2311.12023), from their desc
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,8 +88,9 @@ def save_adapter(vlm: VLM, path: str | Path) -> None:
     """Write the low-rank parts of `vlm` as a LoRA adapter in PEFT's form: adapter_model.safetensors,
     adapter_config.json.
 
-    lora_alpha is the rank, so PEFT scales by 1. The base that it belongs to is the model without them. Raises
-    UnsupportedError when there are none, or of several ranks; CheckpointError when the files cannot be written.
+    lora_alpha is the rank, so PEFT scales by 1. The base that it belongs to is `without_adapter`, not the dense model:
+    its weights are compressed, and may be in another scale. Raises UnsupportedError when there are no parts, or parts
+    of several ranks; CheckpointError when the files cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -124,3 +126,20 @@ def save_adapter(vlm: VLM, path: str | Path) -> None:
             (folder / f"{name}.tmp").replace(folder / name)
     except OSError as error:
         raise CheckpointError(f"could not write {path}: {error.strerror or error}") from None
+
+
+def without_adapter(vlm: VLM) -> VLM:
+    """`vlm` without the parts that eora put beside its layers: the base of what `save_adapter` writes. Tensors are
+    shared. Raises UnsupportedError when there are none (the parts of lq_lora are no addition: they stay)."""
+    from foveate.vlm import VLM
+
+    rest = tuple(method for method in vlm.recipe if getattr(method, "exclusive", "") != "adapter")
+    if len(rest) == len(vlm.recipe):
+        raise UnsupportedError(f"the recipe of this model, {vlm.recipe.text() or 'none'}, has no eora to take off")
+    shared = [*vlm.model.parameters(), *vlm.model.buffers()]
+    model = copy.deepcopy(vlm.model, {id(tensor): tensor for tensor in shared})
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LowRankLinear)]:
+        model.set_submodule(name, layer.base)
+    made = VLM(vlm.adapter.with_model(model), vlm.name, type(vlm.recipe)(rest))
+    made.calibration = vlm.calibration
+    return made

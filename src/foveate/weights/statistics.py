@@ -51,6 +51,14 @@ class Statistics:
             squares = x.square().sum(dim=0)
             self._squares = squares if self._squares is None else self._squares + squares
 
+    def divide(self, scale: Tensor) -> None:
+        """From now on tell of inputs x / scale [I] instead of x."""
+        s = scale.float()
+        self._gram = None if self._gram is None else self._gram / (s[:, None] * s)
+        self._squares = None if self._squares is None else self._squares / s.square()
+        self._max = None if self._max is None else self._max / s
+        self._abs = None if self._abs is None else self._abs / s
+
     @property
     def norm(self) -> Tensor:
         """[I] squared norm of each input over a sample, averaged over the samples (Wanda's s_j)."""

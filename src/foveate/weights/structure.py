@@ -43,22 +43,44 @@ def find_groups(block: Block) -> list[Group]:
 
 
 def scale_(block: Block, group: Group, scale: Tensor) -> None:
-    """Divide what stands before by `scale` [I] and multiply the layers' inputs by it."""
+    """Divide what stands before by `scale` [I] and multiply the layers' inputs by it.
+
+    `block.original` and the statistics follow, so that a later method sees the dense layers in their new scale.
+    """
+    was = {name: module_of(block, name) for name in (group.before, *group.layers)}
+    _trade(block, group, scale)
+    for name, module in was.items():
+        if name in block.original:
+            before = block.original[name]
+            made = module_of(block, name) if before is module else _scaled(before, scale, divide=name == group.before)
+            block.original[name] = made
+    for name in group.layers:
+        if (found := block.statistics.get(name)) is not None:
+            found.divide(scale)
+
+
+def _trade(block: Block, group: Group, scale: Tensor) -> None:
     before = module_of(block, group.before)
     if isinstance(before, nn.Linear):
-        divisor = torch.ones(before.out_features).to(before.weight).float()
-        divisor[-len(scale) :] = scale
-        weight = before.weight.detach().float() / divisor[:, None]
-        bias = None if before.bias is None else before.bias.detach().float() / divisor
-        block.replace(group.before, with_weight(before, weight, bias))
+        block.replace(group.before, _scaled(before, scale, divide=True))
     else:
         for name, parameter in list(before.named_parameters(recurse=False)):
             add = 1.0 if group.offset and name == "weight" else 0.0
             value = (parameter.detach().float() + add) / scale - add
             setattr(before, name, nn.Parameter(value.to(parameter), requires_grad=False))
     for name in group.layers:
-        linear = module_of(block, name)
-        block.replace(name, with_weight(linear, linear.weight.detach().float() * scale))
+        block.replace(name, _scaled(module_of(block, name), scale))
+
+
+def _scaled(linear: nn.Linear, scale: Tensor, divide: bool = False) -> nn.Linear:
+    """The layer with its inputs multiplied by `scale`, or (divide) its last outputs divided by it."""
+    weight = linear.weight.detach().float()
+    if not divide:
+        return with_weight(linear, weight * scale)
+    divisor = torch.ones(linear.out_features).to(linear.weight).float()
+    divisor[-len(scale) :] = scale
+    bias = None if linear.bias is None else linear.bias.detach().float() / divisor
+    return with_weight(linear, weight / divisor[:, None], bias)
 
 
 def _search(block: Block) -> list[Group]:
@@ -130,7 +152,7 @@ def _holds(block: Block, group: Group, reference: Tensor) -> bool:
         return False
     linears = {name: module_of(block, name) for name in (*group.layers, group.before)}
     parameters = dict(before.named_parameters(recurse=False))
-    scale_(block, group, scale)
+    _trade(block, group, scale)
     try:
         out = block.run(0)
     finally:
