@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import families
 import foveate
 from families import FAMILIES
+from foveate.cli import main
 from foveate.errors import CheckpointError, InputError, RecipeError, UnsupportedError
 from foveate.recipe import Recipe
 from foveate.vlm import VLM, Request
-from foveate.weights import calibrate
+from foveate.weights import calibrate, recording
 from foveate.weights.base import linear_layers
-from foveate.weights.calibrate import Stream, record_calls
+from foveate.weights.calibrate import Stream
 from foveate.weights.linear import Int8Linear, QuantizedLinear
 from foveate.weights.mbq import sensitivity
 from foveate.weights.samples import ANSWER, VISION, draw_examples, token_weights
@@ -198,14 +201,14 @@ def test_blocks_replay_the_models_own_forward(family):
     tiny = families.tiny(family)
     examples = draw_examples(tiny, "auto", 2, 64, 1)
     layers = list(tiny.adapter.layers)
-    calls, hidden = record_calls(tiny.adapter, "llm", layers, examples, True)
+    calls, hidden = recording.record_calls(tiny.adapter, "llm", layers, examples, True)
     assert len(calls) == len(examples) == len(hidden) and "forward" not in vars(layers[0])
     seen = []
     handle = layers[-1].register_forward_hook(lambda m, a, out: seen.append(out))
     try:
         with torch.no_grad():
             for example in examples:
-                calibrate.feed(tiny.adapter, example)
+                recording.feed(tiny.adapter, example)
             for number, call in enumerate(calls):
                 state = hidden[number]
                 for index, (layer, (args, kwargs)) in enumerate(zip(layers, call.arguments)):
@@ -366,7 +369,7 @@ def test_the_state_of_another_run_is_not_taken_up(tiny, tmp_path, monkeypatch, c
 
 def test_nan_activations_name_block_and_sample(tiny):
     broken = apply(tiny, "magnitude(sparsity=0.1)")
-    layer = broken.model.llm.model.layers[1].mlp.down_proj
+    layer = broken.model.llm.model.layers[1].post_attention_layernorm
     layer.weight = nn.Parameter(layer.weight.clone().fill_(float("nan")), requires_grad=False)
     with pytest.raises(InputError, match=r"llm block 1 .*NaN.*sample 0.*float32"):
         apply(VLM(broken.adapter, "broken"), "wanda(samples=2)")
@@ -425,6 +428,46 @@ def test_mistakes_are_one_line(tiny, text, words):
     with pytest.raises((RecipeError, InputError, UnsupportedError), match=words) as caught:
         apply(tiny, text)
     assert "\n" not in str(caught.value)
+
+
+def spoiled(tmp_path, leaf, value):
+    """The checkpoint with one tensor of block 1 of the language model times `value`."""
+    folder = tmp_path / "spoiled"
+    shutil.copytree(goldens_dir("nvila") / "nvila" / "ckpt", folder)
+    file = folder / "llm" / "model.safetensors"
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if f"layers.1.{leaf}.weight" in name).mul_(value)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "text", "told"),
+    [
+        ("", 1, "awq(group=20)", "group=20 does not divide; use group=16"),
+        ("", 1, "", "--recipe is empty"),
+        ("mlp.up_proj", float("nan"), "rtn(group=16)", "layers.1.mlp.up_proj has NaN or infinite weights"),
+        ("mlp.up_proj", float("nan"), "magnitude", "layers.1.mlp.up_proj has NaN or infinite weights"),
+        ("input_layernorm", float("nan"), "gptq(group=16, samples=2)", "block 1 (model.layers.1) gives NaN"),
+        ("mlp.down_proj", 1e38, "awq(group=16, samples=2)", "block 1 (model.layers.1) gives NaN or infinite"),
+    ],
+)
+def test_a_bad_compression_is_one_line_and_leaves_nothing(tmp_path, capsys, leaf, value, text, told):
+    folder = goldens_dir("nvila") / "nvila" / "ckpt" if not leaf else spoiled(tmp_path, leaf, value)
+    assert main(["compress", str(folder), "--recipe", text, "-o", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert told in message and message.count("foveate: ") == 1 and "Traceback" not in message
+    assert {path.name for path in tmp_path.iterdir()} <= {"spoiled"}
+
+
+def test_more_damping_for_a_singular_layer_is_said(tmp_path, capsys, caplog):
+    """Nothing flows into a layer but one direction: it is solved with more damping, which is said."""
+    assert torch.isfinite(inverse_factor(torch.ones(4, 4), 0.0, "llm.x")).all()
+    assert "llm.x: its Hessian is singular with damping 0; 0.01 is used" in caplog.text
+    folder = spoiled(tmp_path, "input_layernorm", 0.0)
+    recipe = "gptq(group=16, samples=2, damp=0.0)"
+    assert main(["compress", str(folder), "--recipe", recipe, "-o", str(tmp_path / "out")]) == 0
+    assert torch.isfinite(foveate.load(tmp_path / "out", device="cpu").logits(REQUEST)).all()
 
 
 # ---- data

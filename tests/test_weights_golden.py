@@ -14,9 +14,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from foveate.weights import pruning
 from foveate.weights.awq import AWQ
-from foveate.weights.calibrate import Block, Call
+from foveate.weights.calibrate import Block
 from foveate.weights.grids import absmax_round, awq_grid, gptq_grid, quantize_groups
 from foveate.weights.mbq import MBQ
+from foveate.weights.recording import Call
 from foveate.weights.samples import ANSWER, TEXT, VISION
 from foveate.weights.scaling import clip, fake, search, search_clip
 from foveate.weights.smoothquant import smooth_scale

@@ -7,6 +7,7 @@ error); GPTQ can leave weights that are exactly 0 at 0, so that it may follow pr
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from foveate.errors import UnsupportedError
 from foveate.weights.grids import Grid, Quantized, gptq_grid
 
+_log = logging.getLogger("foveate")
 MAX_DAMP = 1.0
 
 
@@ -35,6 +37,8 @@ def inverse_factor(hessian: Tensor, damp: float, name: str = "the layer") -> Ten
         if not bad:
             upper, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not bad and bool(torch.isfinite(upper).all()):
+                if share > damp:
+                    _log.warning("%s: its Hessian is singular with damping %g; %g is used", name, damp, share)
                 return upper
         share = max(share, 1e-3) * 10
     raise UnsupportedError(
