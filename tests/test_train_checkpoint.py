@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from foveate.errors import CheckpointError, RecipeError
-from foveate.train import checkpoint
 from foveate.train.checkpoint import TrainState, complete_checkpoints, load_checkpoint, save_checkpoint
 from foveate.train.metrics import Metrics, read_metrics
 from train_tiny import recipe, stage
@@ -45,12 +44,13 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_rubbish(tmp_path, monkeypa
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = {"model": "save_file", "flush": "flush_to_disk"}
-    if moment == "rename":
-        monkeypatch.setattr("pathlib.Path.rename", full)
-    else:
-        monkeypatch.setattr(checkpoint, target[moment], full)
-    with pytest.raises(CheckpointError, match=r"step 2 .* disk is full, \d+ MiB free") as caught:
+    target = {
+        "model": "foveate.files.save_file",
+        "flush": "foveate.train.checkpoint.flush_to_disk",
+        "rename": "pathlib.Path.rename",
+    }
+    monkeypatch.setattr(target[moment], full)
+    with pytest.raises(CheckpointError, match=r"step 2 .*No space left on device \(\d+ MiB free\)") as caught:
         save_checkpoint(tmp_path, state(2), keep=1)
     assert "\n" not in str(caught.value)
     monkeypatch.undo()

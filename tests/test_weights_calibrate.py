@@ -387,9 +387,9 @@ def test_a_singular_hessian_names_the_layer():
 
 
 def test_a_full_disk_is_one_line_and_the_run_can_go_on(tiny, tmp_path, monkeypatch):
-    import foveate.weights.state as state
+    from foveate import files
 
-    real, written = state.save_file, []
+    real, written = files.save_file, []
 
     def full(tensors, path, **options):
         if len(written) == 5:
@@ -397,10 +397,10 @@ def test_a_full_disk_is_one_line_and_the_run_can_go_on(tiny, tmp_path, monkeypat
         written.append(path)
         real(tensors, path, **options)
 
-    monkeypatch.setattr(state, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"No space left on device; make room and run the same command again"):
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space left on device \(\d+ MiB free\); make room and run the same"):
         apply(tiny, "wanda(samples=2)", state=tmp_path / "state")
-    monkeypatch.setattr(state, "save_file", real)
+    monkeypatch.setattr(files, "save_file", real)
     small = apply(tiny, "wanda(samples=2)", state=tmp_path / "state")
     assert torch.equal(small.logits(REQUEST), apply(tiny, "wanda(samples=2)").logits(REQUEST))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from foveate.disk import umask
 from foveate.errors import CheckpointError
 
 _log = logging.getLogger("foveate")
@@ -182,12 +182,23 @@ def write_tensors(folder: Path, state: dict[str, Tensor]) -> None:
         write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for name, shard in zip(names, shards):
         # one shard at a time on the CPU; a copy of its own for views, which safetensors refuses
-        held = {key: value.detach().cpu().contiguous() for key, value in shard.items()}
-        try:
-            save_file(held, folder / name, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk: an OSError as from every other way to write
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else error from None
+        save_tensors(folder / name, {key: value.detach().cpu().contiguous() for key, value in shard.items()})
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file, whole or not at all: an older file stays until the new one is complete.
+
+    tensors: on the CPU, contiguous, none a view of another. metadata: strings; by default {"format": "pt"}.
+    Raises what the disk raises; call it inside `foveate.disk.plain_errors`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata=metadata or {"format": "pt"})
+        temporary.chmod(0o666 & ~umask())  # safetensors lets nobody else read its files
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

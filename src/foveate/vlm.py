@@ -16,6 +16,7 @@ import torch
 
 from foveate.adapters import ADAPTERS
 from foveate.adapters.shape import steps_of
+from foveate.disk import plain_errors
 from foveate.errors import CheckpointError, InputError, RecipeError, UnknownNameError, UnsupportedError
 from foveate.files import DTYPES
 from foveate.method import Method, attached, nearest
@@ -282,10 +283,8 @@ class VLM:
 
         An older checkpoint at `path` is replaced. Raises CheckpointError: `path` holds something else, a full disk.
         """
-        try:
+        with plain_errors(path, path, "nothing was changed"):
             self.adapter.save(Path(path), self.extra_files())
-        except OSError as error:
-            raise CheckpointError(f"could not write {path}: {error.strerror or error}; nothing was changed") from None
 
 
 @torch.inference_mode(False)  # a model that was loaded in a block of inference mode could not be calibrated later

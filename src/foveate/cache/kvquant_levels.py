@@ -19,7 +19,9 @@ from transformers.cache_utils import DynamicLayer
 from foveate.adapters.attention import Pass, unrotate
 from foveate.cache import nuq
 from foveate.cache.base import CacheMethod
+from foveate.disk import plain_errors
 from foveate.errors import CheckpointError, InputError, RecipeError
+from foveate.files import save_tensors
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -91,8 +93,6 @@ def calibrate(method: KVQuant, vlm: VLM, requests: Sequence[Any], path: str | Pa
     Use the file by `kvquant(bits=..., file="...")`. Keys and values of all prompts are held, in float32. Raises
     InputError without requests, CheckpointError if the file cannot be written.
     """
-    from safetensors.torch import save_file
-
     if not requests:
         raise InputError("kvquant: no requests to calibrate on; give some that are like those to come")
     seen: list[list[tuple[Tensor, Tensor]]] = []
@@ -107,10 +107,8 @@ def calibrate(method: KVQuant, vlm: VLM, requests: Sequence[Any], path: str | Pa
         how = method.bits, method.outliers, method.q_norm
         found.append(LayerLevels(*LayerLevels.fit_keys(keys, *how), *LayerLevels.fit_values(values, *how)))
     tensors = {f"{i}.{f.name}": getattr(layer, f.name).clone() for i, layer in enumerate(found) for f in fields(layer)}
-    try:
-        save_file(tensors, path, metadata={"bits": str(method.bits)})
-    except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error.strerror or error}") from None
+    with plain_errors(path, Path(path).parent, "nothing was changed"):
+        save_tensors(Path(path), tensors, {"bits": str(method.bits)})
     return found
 
 

@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foveate.disk import plain_errors, umask
 from foveate.errors import InputError
 
 if TYPE_CHECKING:
     from foveate.vlm import VLM
 
 DEFAULT_MODEL = "nano"
+_MAKE_ROOM = "make room and run the same command again"
 
 
 def add_verb(subparsers: Any, name: str, **kwargs: Any) -> argparse.ArgumentParser:
@@ -162,9 +164,10 @@ def new_file(path: str | Path) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
     temporary = Path(name)
     try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        with plain_errors(path, path.parent, _MAKE_ROOM):
+            yield temporary
+            temporary.chmod(0o666 & ~umask())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -179,16 +182,11 @@ def new_folder(path: str | Path, option: str = "-o") -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
     try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            path.rmdir()  # empty: checked above
-        temporary.rename(path)
+        with plain_errors(path, path.parent, _MAKE_ROOM):
+            yield temporary
+            temporary.chmod(0o777 & ~umask())
+            if path.exists():
+                path.rmdir()  # empty: checked above
+            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -25,11 +25,14 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from foveate.disk import plain_errors
     from foveate.nvila.checkpoint import convert
 
     if not Path(args.source).is_dir():
         raise InputError(f"no checkpoint folder {args.source!r}; give the folder that holds its config.json")
-    folder = convert(args.source, check_new(args.target, "DST"), layout=args.layout)
+    target = check_new(args.target, "DST")
+    with plain_errors(target, target, "nothing was changed"):
+        folder = convert(args.source, target, layout=args.layout)
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     if args.json:
         print_json({"model": args.target, "layout": args.layout, "files": files})

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import string
 import tempfile
@@ -21,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from foveate.disk import umask
 from foveate.errors import InputError
 from foveate.optimize.budget import AXES, amount, points
 from foveate.optimize.report import Picture, render
@@ -218,9 +218,7 @@ def write(
         (temporary / FILES[1]).write_text(render(report, pictures), encoding="utf-8")
         if (out / STUDY).is_file():
             shutil.copy2(out / STUDY, temporary / STUDY)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
+        temporary.chmod(0o777 & ~umask())
         if out.exists():  # a rename cannot replace a full folder: the old result steps aside until the new one stands
             aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-old-", dir=out.parent)) / "old"
             out.rename(aside)

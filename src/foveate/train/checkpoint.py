@@ -10,22 +10,21 @@ kill at any moment leaves the previous one as the latest.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from foveate.disk import plain_errors
 from foveate.errors import CheckpointError, RecipeError
+from foveate.files import save_tensors
 
 if TYPE_CHECKING:
     from foveate.train.config import TrainRecipe
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 _FOLDER = re.compile(r"step-(\d+)$")
+WAY_OUT = "make room, then run again with --resume"
 PARTIAL = ".partial-"
 """What is being written starts with this until it is whole."""
 
@@ -54,13 +54,13 @@ def save_checkpoint(folder: Path, data: TrainState, keep: int) -> Path:
     step = int(data.state["step"])
     target = folder / f"step-{step:06d}"
     partial = folder / f"{PARTIAL}{target.name}"
-    with plain_errors(f"checkpoint of step {step}", folder):
+    with plain_errors(f"the checkpoint of step {step} in {folder}", folder, WAY_OUT):
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial(folder)
         partial.mkdir()
         try:
-            save_file(data.model, str(partial / MODEL))
-            save_file(data.optimizer, str(partial / OPTIMIZER))
+            save_tensors(partial / MODEL, data.model)
+            save_tensors(partial / OPTIMIZER, data.optimizer)
             state = {"format": FORMAT, **data.state}
             (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
             for file in (MODEL, OPTIMIZER, STATE):
@@ -113,7 +113,7 @@ def remove_partial(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace a small file atomically."""
     partial = path.with_name(f"{PARTIAL}{path.name}")
-    with plain_errors(path.name, path.parent):
+    with plain_errors(path, path.parent, WAY_OUT):
         try:
             partial.write_text(text, encoding="utf-8")
             flush_to_disk(partial)
@@ -130,18 +130,3 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextlib.contextmanager
-def plain_errors(what: str, folder: Path) -> Iterator[None]:
-    """Turn errors of the disk into one line that says what could not be written, where, and how much room is left."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
-        if full:
-            probe = folder if folder.exists() else folder.parent
-            free = shutil.disk_usage(probe).free / 2**20
-            reason = f"the disk is full, {free:.0f} MiB free; free some, then run again with --resume"
-        raise CheckpointError(f"{what} was not written to {folder}: {reason}") from None

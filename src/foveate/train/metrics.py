@@ -7,7 +7,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from foveate.train.checkpoint import plain_errors, write_text
+from foveate.disk import plain_errors
+from foveate.train.checkpoint import WAY_OUT, write_text
 
 
 class Metrics:
@@ -19,7 +20,7 @@ class Metrics:
 
     def __init__(self, folder: Path, step: int = 0) -> None:
         self.path = folder / "metrics.jsonl"
-        with plain_errors("metrics.jsonl", folder):
+        with plain_errors(self.path, folder, WAY_OUT):
             folder.mkdir(parents=True, exist_ok=True)
         kept = [json.dumps(row) for row in read_metrics(self.path) if row.get("step", 0) <= step]
         write_text(self.path, "".join(line + "\n" for line in kept))
@@ -28,7 +29,7 @@ class Metrics:
 
     def write(self, step: int, **values: Any) -> None:
         """Add one row; numbers also go to TensorBoard."""
-        with plain_errors("metrics.jsonl", self.path.parent):
+        with plain_errors(self.path, self.path.parent, WAY_OUT):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._board is not None:
             for key, value in values.items():

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from foveate.disk import plain_errors
 from foveate.errors import InputError, RecipeError
 from foveate.nvila import PRESETS, NvilaForConditionalGeneration, build
 from foveate.nvila.checkpoint import load, save
-from foveate.train.checkpoint import PARTIAL, flush_to_disk, plain_errors
+from foveate.train.checkpoint import PARTIAL, WAY_OUT, flush_to_disk
 from foveate.train.config import TrainRecipe
 from foveate.train.metrics import read_metrics
 from foveate.train.tokenizer import build_tokenizer
@@ -68,7 +69,7 @@ def save_released(
     stride = -(-len(rows) // MAX_LOG_ROWS) or 1
     log = rows[:-1:stride] + rows[-1:]
     told = {key: value for key, value in recipe.to_dict().items() if key != "output"}  # no folder of this machine
-    with plain_errors("the finished model", target.parent):
+    with plain_errors(target, target.parent, WAY_OUT):
         save(model.eval(), tokenizer, None, target, extra={"training.json": {"recipe": told, "log": log}})
 
 
@@ -77,7 +78,7 @@ def _keep_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Path) -> None:
     if kept.is_dir():
         return
     partial = kept.with_name(f"{PARTIAL}{kept.name}")
-    with plain_errors("the tokenizer", kept.parent):
+    with plain_errors(kept, kept.parent, WAY_OUT):
         shutil.rmtree(partial, ignore_errors=True)
         tokenizer.save_pretrained(partial)
         for file in partial.iterdir():

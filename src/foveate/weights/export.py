@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import CheckpointError, UnsupportedError
+from foveate.disk import plain_errors
+from foveate.errors import UnsupportedError
 from foveate.weights.linear import Fp8Linear, Int8Linear, QuantizedLinear
 from foveate.weights.lowrank import LowRankLinear
 from foveate.weights.normal_float import NormalFloatLinear
@@ -125,7 +126,5 @@ def save(vlm: VLM, path: str | Path) -> None:
             f"plain transformers has no {vlm.adapter.family!r} models, so {METHOD} is of no use; save as foveate"
         )
     tensors, config = compressed_tensors(vlm.model)
-    try:
+    with plain_errors(path, path, "nothing was changed"):
         vlm.adapter.save(Path(path), vlm.extra_files(), tensors=tensors, quantization=config)
-    except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error.strerror or error}; nothing was changed") from None

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from foveate.errors import CheckpointError, UnsupportedError
+from foveate.disk import plain_errors
+from foveate.errors import UnsupportedError
+from foveate.files import save_tensors
 
 if TYPE_CHECKING:
     from foveate.vlm import VLM
@@ -92,8 +94,6 @@ def save_adapter(vlm: VLM, path: str | Path) -> None:
     its weights are compressed, and may be in another scale. Raises UnsupportedError when there are no parts, or parts
     of several ranks; CheckpointError when the files cannot be written.
     """
-    from safetensors.torch import save_file
-
     found = {name: m for name, m in vlm.model.named_modules() if isinstance(m, LowRankLinear)}
     ranks = {m.lora_A.shape[0] for m in found.values()}
     if len(ranks) != 1:
@@ -118,14 +118,15 @@ def save_adapter(vlm: VLM, path: str | Path) -> None:
         "target_modules": sorted(found),
     }
     folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
-        (folder / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            (folder / f"{name}.tmp").replace(folder / name)
-    except OSError as error:
-        raise CheckpointError(f"could not write {path}: {error.strerror or error}") from None
+    text = folder / ".adapter_config.json.part"
+    with plain_errors(path, folder, "nothing was changed"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            text.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_tensors(folder / "adapter_model.safetensors", tensors)
+            text.replace(folder / "adapter_config.json")
+        finally:
+            text.unlink(missing_ok=True)
 
 
 def without_adapter(vlm: VLM) -> VLM:

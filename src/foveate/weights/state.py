@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from foveate.disk import plain_errors
 from foveate.errors import CheckpointError
+from foveate.files import save_tensors
 
 _log = logging.getLogger("foveate")
+_WAY_OUT = "make room and run the same command again, it resumes where it stopped"
 
 
 class State:
@@ -94,28 +96,15 @@ class State:
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         held = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-        temporary = path.with_suffix(".part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(held, temporary)
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
-            raise self._full(path, error) from None
+        with plain_errors(path, self.folder, _WAY_OUT):
+            save_tensors(path, held)
 
     def _write_json(self, path: Path, value: Any) -> None:
         temporary = path.with_suffix(".part")
-        try:
+        with plain_errors(path, self.folder, _WAY_OUT):
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(value), encoding="utf-8")
             temporary.replace(path)
-        except OSError as error:
-            raise self._full(path, error) from None
-
-    def _full(self, path: Path, error: Exception) -> CheckpointError:
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        return CheckpointError(
-            f"could not write {path}: {reason}; make room and run the same command again, it resumes where it stopped"
-        )
 
     def _read(self, path: Path) -> dict[str, Tensor]:
         try:
