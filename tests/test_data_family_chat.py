@@ -116,9 +116,12 @@ def test_labels_are_the_answers(template: str | None) -> None:
     assert stop_token_ids(tokenizer, spec) == [tokenizer.eos_token_id]
     sample = Sample("s", [ImageSource(picture(60, 50))], [[(question[0], answer[0])], [(question[1], answer[1])]])
     both = plan_sample(sample, spec, tokenizer)
+    head = both.prefix.input_ids
+    assert both.prefix.spans[-1].kind == "image" and both.prefix.spans[-1].start + spec.token_side**2 == len(head)
     for i, (ids, labels) in enumerate(both.branches):
         alone = plan(sample.messages(i), spec, tokenizer)
-        assert np.array_equal(ids, alone.input_ids) and np.array_equal(labels, alone.labels)
+        assert np.array_equal(np.concatenate([head, ids]), alone.input_ids)
+        assert np.array_equal(labels, alone.labels[len(head) :]) and (alone.labels[: len(head)] < 0).all()
 
 
 def test_tokenizers_that_open_with_a_token(tinies: dict[str, Tiny]) -> None:

@@ -18,9 +18,17 @@ Rotary = tuple[Tensor, Tensor]
 """Cosine and sine [..., L, d] of the rotary embedding."""
 
 
+def attention_kinds(config: Any) -> set[str]:
+    """What the decoder layers of a text config attend to: {"full_attention"} where every token sees all before it."""
+    known = getattr(config, "layer_types", None)
+    if known:
+        return set(known)
+    return {"sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"}
+
+
 def check_layers(layers: nn.ModuleList, config: Any, method: str) -> None:
     """Raise UnsupportedError when tokens cannot leave between these layers."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = attention_kinds(config)
     if kinds != {"full_attention"}:
         raise UnsupportedError(
             f"{method} drops tokens inside the language model, which needs full attention in every layer; this one has "

@@ -146,7 +146,8 @@ class SamplePlan:
     """A sample whose branches share their media: `prefix` ends with the last media token.
 
     branches: for each branch (ids, labels), [L_b] int64 each; prefix.input_ids followed by ids is that branch alone.
-    When a dialogue is not "media first", each branch is whole and `prefix.input_ids` is empty.
+    When a dialogue is not "media first", each branch is whole, `prefix.input_ids` is empty and `prefix.spans` are of
+    the first branch.
     """
 
     prefix: Plan
@@ -254,13 +255,22 @@ def _whole_branches(
 
 
 def _family_branches(sample: Sample, media: tuple[MediaPlan, ...], chat: ChatCodec, spec: PreprocessSpec) -> SamplePlan:
-    """Branches that hold all their ids: templates of the families are rendered anew for each dialogue."""
-    branches, order = [], media
-    for i in range(len(sample.branches)):
-        whole = _expand(*chat.dialogue(parse_messages(sample.messages(i)), media, False), spec, chat)
-        branches.append((whole.input_ids, whole.labels))
-        order = whole.media
-    return SamplePlan(Plan(np.zeros(0, np.int64), np.zeros(0, np.int64), order, (), spec), tuple(branches))
+    """Each dialogue rendered by the family's template, cut behind the last media token if all are the same up to it."""
+    wholes = [
+        _expand(*chat.dialogue(parse_messages(sample.messages(i)), media, False), spec, chat)
+        for i in range(len(sample.branches))
+    ]
+    if not wholes:
+        return SamplePlan(Plan(np.zeros(0, np.int64), np.zeros(0, np.int64), media, (), spec), ())
+    first = wholes[0]
+    cut = max((span.start + span.length for span in first.spans if span.media >= 0), default=0)
+    head = first.input_ids[:cut]
+    shared = all(np.array_equal(whole.input_ids[:cut], head) and (whole.labels[:cut] < 0).all() for whole in wholes)
+    if not cut or not shared:
+        return SamplePlan(_without_ids(first), tuple((whole.input_ids, whole.labels) for whole in wholes))
+    spans = tuple(span for span in first.spans if span.start < cut)
+    prefix = replace(first, input_ids=head, labels=np.full(cut, IGNORE, np.int64), spans=spans)
+    return SamplePlan(prefix, tuple((whole.input_ids[cut:], whole.labels[cut:]) for whole in wholes))
 
 
 def plan_media(
@@ -481,7 +491,7 @@ def _check_context(made: Plan, tokens: int, limit: int | None) -> None:
 
 def _without_ids(made: Plan) -> Plan:
     """The plan's media alone, for branches that hold all ids themselves."""
-    return replace(made, input_ids=np.zeros(0, np.int64), labels=np.zeros(0, np.int64), spans=())
+    return replace(made, input_ids=np.zeros(0, np.int64), labels=np.zeros(0, np.int64))
 
 
 @lru_cache(maxsize=64)

@@ -53,6 +53,12 @@ def use_attention(model: nn.Module, name: str) -> None:
     model.set_attn_implementation(name)
 
 
+def compute_dtype(embeds: Tensor) -> torch.dtype:
+    """What a decoder computes in when it gets these embeddings: the autocast type, or their own."""
+    device = embeds.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
+
+
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """[R, L, L] bool, True where attention is allowed -> additive [R, 1, L, L] of `dtype`."""
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)

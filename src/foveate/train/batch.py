@@ -14,15 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foveate.data.execute import cut_views, normalise
-from foveate.data.plan import MediaPlan, plan_sample
+from foveate.data.execute import Inputs, execute, normalise
+from foveate.data.plan import MediaPlan, Plan, plan_sample
 from foveate.data.spec import PreprocessSpec
 from foveate.errors import InputError
 from foveate.train.config import Stage
 from foveate.train.dense import CHANNELS, rasterise
+from foveate.train.family import place
 from foveate.train.packing import Tokens, pack
 
 if TYPE_CHECKING:
+    from foveate.adapters.hf import HfAdapter
     from foveate.data.sample import Sample
     from foveate.train.sources import Mixture
 
@@ -34,7 +36,9 @@ class MicroBatch:
     input_ids, position_ids: [R, L] int64; allowed: bool [R, L, L]; target_index, targets: [T] int64 (see `Packed`);
     all five are None when the language model does not run. pixels: [n_views, 3, S, S] float32, `num_tiles` of them of
     pictures. image_grids, video_frames: as `NvilaForConditionalGeneration.forward` takes them. dense: labels
-    [n_views, side*side, CHANNELS] int64, or None.
+    [n_views, side*side, CHANNELS] int64, or None. Families of transformers have no `pixels`: their adapter takes
+    `inputs` and `plans`, of each sample in the order of `input_ids`, and newlines [R, L] bool; where rows hold one
+    sample each, `allowed` is what is no padding, bool [R, L].
     """
 
     pixels: Tensor
@@ -49,6 +53,9 @@ class MicroBatch:
     target_index: Tensor | None = None
     targets: Tensor | None = None
     num_tokens: int = 0
+    newlines: Tensor | None = None
+    inputs: tuple[Inputs, ...] = ()
+    plans: tuple[Plan, ...] = ()
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same batch on `device`."""
@@ -81,13 +88,11 @@ class StepData:
 
 @dataclass
 class Prepared:
-    """One sample, ready to be packed."""
+    """One sample, ready to be packed. plan: of its media, and for families of transformers of its first branch."""
 
     tokens: Tokens | None
-    views: np.ndarray | None
-    frames: np.ndarray | None
-    image_grids: list[tuple[int, int]]
-    video_frames: list[int]
+    inputs: Inputs
+    plan: Plan
     view_labels: np.ndarray | None
     frame_labels: np.ndarray | None
 
@@ -95,7 +100,8 @@ class Prepared:
 class BatchMaker:
     """Makes the batches of a stage. `make(step)` must be called with consecutive steps: it moves the counters on.
 
-    wants_text, wants_dense: whether any loss needs answers, or labels of patches.
+    wants_text, wants_dense: whether any loss needs answers, or labels of patches. adapter: of a family of transformers.
+    packs: whether samples may share a row, and branches a prefix.
     """
 
     def __init__(
@@ -107,10 +113,13 @@ class BatchMaker:
         *,
         wants_text: bool = True,
         wants_dense: bool = False,
+        adapter: HfAdapter | None = None,
+        packs: bool = True,
     ) -> None:
         self.stage, self.spec, self.tokenizer, self.mixture = stage, spec, tokenizer, mixture
-        self.small_spec = dataclasses.replace(spec, mode="resize") if spec.mode != "pad" else spec
+        self.small_spec = dataclasses.replace(spec, mode="resize") if spec.mode != "pad" and not adapter else spec
         self.wants_text, self.wants_dense = wants_text, wants_dense
+        self.adapter, self.packs = adapter, packs
         self._pad_id = int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
     def make(self, step: int) -> StepData:
@@ -127,10 +136,11 @@ class BatchMaker:
         sample = dataclasses.replace(sample, branches=[sample.branches[i] for i in chosen])
         planned = plan_sample(sample, spec, self.tokenizer)
         tokens = self._fit(sample, planned.prefix.input_ids, planned.branches) if self.wants_text else None
-        media = planned.prefix.media
-        views, grids, frames, clips = cut_views(media, spec)
-        labels = self._labels(sample, media) if self.wants_dense else (None, None)
-        return Prepared(tokens, views, frames, grids, clips, *labels)
+        made = planned.prefix
+        if self.adapter is not None and tokens is not None:
+            made = place(self.adapter, made, tokens)
+        labels = self._labels(sample, made.media) if self.wants_dense else (None, None)
+        return Prepared(tokens, execute(made), made, *labels)
 
     def _choose(self, sample: Sample, rng: np.random.Generator) -> list[int]:
         """At most `questions_per_sample` branches: drawn by their skills' weights, without replacement."""
@@ -144,7 +154,7 @@ class BatchMaker:
         return [int(i) for i in np.argsort(-keys)[:limit]]
 
     def _fit(self, sample: Sample, prefix: np.ndarray, branches: Sequence[tuple[np.ndarray, np.ndarray]]) -> Tokens:
-        if not len(prefix):
+        if not len(prefix) or not self.packs:
             branches = branches[:1]  # whole dialogues would each need the media once more
         room = self.stage.max_length - len(prefix)
         kept = []
@@ -179,13 +189,21 @@ class BatchMaker:
     def _join(self, prepared: Sequence[Prepared]) -> MicroBatch:
         text: dict[str, Any] = {}
         if self.wants_text:
-            packed = pack([p.tokens for p in prepared], self.stage.max_length, self._pad_id)  # type: ignore[misc]
+            sequences: list[Tokens] = [p.tokens for p in prepared]  # type: ignore[misc]
+            packed = pack(sequences, self.stage.max_length, self._pad_id, self.packs)
             prepared = [prepared[i] for i in packed.order]  # media in the order of their placeholders
             names = ("input_ids", "position_ids", "allowed", "target_index", "targets")
             text = {name: torch.from_numpy(getattr(packed, name)) for name in names}
-            text["num_tokens"] = sum(len(p.tokens) for p in prepared)  # type: ignore[arg-type]
-        views = [p.views for p in prepared if p.views is not None]
-        frames = [p.frames for p in prepared if p.frames is not None]
+            text["num_tokens"] = sum(map(len, sequences))
+            if not self.packs:
+                text["allowed"] = torch.from_numpy(packed.real)
+            if packed.newlines.any():
+                text["newlines"] = torch.from_numpy(packed.newlines)
+        inputs = [p.inputs for p in prepared]
+        if self.adapter is not None:
+            text |= {"inputs": tuple(inputs), "plans": tuple(p.plan for p in prepared)}
+        views = [i.views for i in inputs if i.views is not None]
+        frames = [i.frames for i in inputs if i.frames is not None]
         squares = [*views, *frames] or [np.zeros((0, 3, self.spec.tile_size, self.spec.tile_size), np.uint8)]
         dense = None
         if self.wants_dense:
@@ -195,8 +213,8 @@ class BatchMaker:
         return MicroBatch(
             pixels=normalise(np.concatenate(squares), self.spec),
             num_tiles=sum(len(v) for v in views),
-            image_grids=[g for p in prepared for g in p.image_grids],
-            video_frames=[n for p in prepared for n in p.video_frames],
+            image_grids=[tuple(g) for i in inputs if i.image_grids is not None for g in i.image_grids.tolist()],
+            video_frames=[n for i in inputs if i.video_frames is not None for n in i.video_frames.tolist()],
             dense=dense,
             num_samples=len(prepared),
             **text,

@@ -5,28 +5,39 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from foveate.disk import plain_errors
 from foveate.errors import InputError, RecipeError
-from foveate.nvila import PRESETS, NvilaForConditionalGeneration, build
+from foveate.nvila import PRESETS, build
 from foveate.nvila.checkpoint import load, save
 from foveate.train.checkpoint import PARTIAL, WAY_OUT, flush_to_disk
 from foveate.train.config import TrainRecipe
+from foveate.train.family import Family, load_family
 from foveate.train.metrics import read_metrics
 from foveate.train.tokenizer import build_tokenizer
+
+if TYPE_CHECKING:
+    from foveate.train.step import Trainable
 
 MAX_LOG_ROWS = 200
 CHANGEABLE = ("num_frames", "fps", "repeat_frames", "video_pool", "min_tiles", "max_tiles", "max_pixels", "max_aspect")
 """Fields of the preprocessing spec that no weight depends on."""
+FAMILY_CHANGEABLE = ("num_frames", "fps", "min_frames", "max_pixels", "max_aspect")
+CHANGEABLE_BY_MODE = {
+    "dynamic": ("min_tiles", "max_tiles"),
+    "native": ("min_area", "max_area", "video_min_area", "video_max_area"),
+    "split": ("edge", "video_edge"),
+}
+"""The same for families of transformers, of all and by `spec.mode`."""
 
 
 def load_trainable(
     recipe: TrainRecipe, run_folder: Path, data_dir: str | Path | None = None
-) -> tuple[NvilaForConditionalGeneration, PreTrainedTokenizerBase]:
+) -> tuple[Trainable, PreTrainedTokenizerBase]:
     """(model in float32, tokenizer) of a recipe: fresh weights for a preset's name, else those of a checkpoint folder.
 
     The tokenizer is kept in `run_folder`/tokenizer, so a resumed run has the same one. Raises RecipeError when the
@@ -44,8 +55,14 @@ def load_trainable(
             raise RecipeError(f"model {recipe.model!r} starts from fresh weights and has no tokenizer; set tokenizer")
         model = build(recipe.model, tokenizer=tokenizer, seed=recipe.seed)
     elif Path(recipe.model).is_dir():
-        loaded = load(recipe.model, dtype=torch.float32)
-        model, tokenizer = loaded.model, loaded.tokenizer
+        family = load_family(Path(recipe.model))
+        if family is not None:
+            for stage in recipe.stages:
+                family.check_stage(stage)
+            model, tokenizer = family, family.adapter.tokenizer
+        else:
+            loaded = load(recipe.model, dtype=torch.float32)
+            model, tokenizer = loaded.model, loaded.tokenizer
         if recipe.tokenizer:
             raise RecipeError(f"model {recipe.model} brings its own tokenizer; remove tokenizer {recipe.tokenizer!r}")
     else:
@@ -58,7 +75,7 @@ def load_trainable(
 
 
 def save_released(
-    model: NvilaForConditionalGeneration,
+    model: Trainable,
     tokenizer: PreTrainedTokenizerBase,
     recipe: TrainRecipe,
     target: Path,
@@ -69,8 +86,12 @@ def save_released(
     stride = -(-len(rows) // MAX_LOG_ROWS) or 1
     log = rows[:-1:stride] + rows[-1:]
     told = {key: value for key, value in recipe.to_dict().items() if key != "output"}  # no folder of this machine
+    extra = {"training.json": {"recipe": told, "log": log}}
     with plain_errors(target, target.parent, WAY_OUT):
-        save(model.eval(), tokenizer, None, target, extra={"training.json": {"recipe": told, "log": log}})
+        if isinstance(model, Family):
+            model.eval().adapter.save(target, extra)
+        else:
+            save(model.eval(), tokenizer, None, target, extra=extra)
 
 
 def _keep_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: Path) -> None:
@@ -92,14 +113,20 @@ def _read_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def _change_spec(model: NvilaForConditionalGeneration, changes: dict[str, Any]) -> None:
-    if unknown := [k for k in changes if k not in CHANGEABLE]:
-        known = ", ".join(CHANGEABLE)
+def _change_spec(model: Trainable, changes: dict[str, Any]) -> None:
+    allowed = CHANGEABLE
+    if isinstance(model, Family):
+        allowed = FAMILY_CHANGEABLE + CHANGEABLE_BY_MODE.get(model.spec.mode, ())
+    if unknown := [k for k in changes if k not in allowed]:
+        known = ", ".join(allowed)
         raise RecipeError(f"recipe: preprocess cannot change {unknown[0]!r} of a model; it can change {known}")
     try:
         spec = dataclasses.replace(model.spec, **changes)
     except (InputError, TypeError) as error:
         raise RecipeError(f"recipe: preprocess: {error}") from None
+    if isinstance(model, Family):
+        model.adapter = model.adapter.with_spec(spec)
+        return
     model.spec = spec
     model.config.preprocess = spec.to_dict()
     model.config.video_pool_sizes = [list(level) for level in spec.video_pool]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from foveate.errors import RecipeError
 from foveate.train.config import PARTS, Stage
 
-HIDDEN = re.compile(r"(^vision_tower\..*layers\.\d+\.)|(^mm_projector\.)|(^llm\..*layers\.\d+\.)")
+HIDDEN = re.compile(r"(^vision_tower\..*(layers?|blocks)\.\d+\.)|(^mm_projector\.)|(^llm\..*layers\.\d+\.)")
 """Names of parameters inside layers, where a matrix is a hidden one."""
 
 

@@ -19,10 +19,16 @@ IGNORE = -100
 
 @dataclass
 class Tokens:
-    """The tokens of one sample: `prefix` ids [P], and (ids, labels) of each branch, label -100 = not supervised."""
+    """The tokens of one sample: `prefix` ids [P], and (ids, labels) of each branch, label -100 = not supervised.
+
+    positions: [axes, L] int64 of prefix and first branch, where they are not 0, 1, 2, ...; those of the other branches
+    go on from the prefix one by one as the first's do. newlines: places of separators among prefix and first branch.
+    """
 
     prefix: np.ndarray
     branches: list[tuple[np.ndarray, np.ndarray]]
+    positions: np.ndarray | None = None
+    newlines: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prefix) + sum(len(ids) for ids, _ in self.branches)
@@ -32,9 +38,10 @@ class Tokens:
 class Packed:
     """Rows of packed sequences.
 
-    input_ids, position_ids: [R, L]. allowed: bool [R, L, L], whether a token (row) may attend to another (column).
-    target_index: [T] flat positions in R*L whose output predicts `targets` [T]. order: the sequences by row and place,
-    the order in which their media stand in `input_ids`.
+    input_ids, position_ids: [R, L] (several axes of positions: [axes, R, L]). allowed: bool [R, L, L], whether a token
+    (row) may attend to another (column). target_index: [T] flat positions in R*L whose output predicts `targets` [T].
+    order: the sequences by row and place, the order in which their media stand in `input_ids`. newlines, real: [R, L]
+    bool, separators and what is no padding.
     """
 
     input_ids: np.ndarray
@@ -43,6 +50,8 @@ class Packed:
     target_index: np.ndarray
     targets: np.ndarray
     order: list[int]
+    newlines: np.ndarray
+    real: np.ndarray
 
 
 def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
@@ -60,14 +69,16 @@ def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return rows
 
 
-def pack(sequences: Sequence[Tokens], max_length: int, pad_id: int) -> Packed:
-    """Pack `sequences` (none longer than `max_length`) into rows of equal length."""
-    rows = first_fit([len(s) for s in sequences], max_length)
+def pack(sequences: Sequence[Tokens], max_length: int, pad_id: int, share: bool = True) -> Packed:
+    """Pack `sequences` (none longer than `max_length`) into rows of equal length; without `share`, one in each."""
+    rows = first_fit([len(s) for s in sequences], max_length) if share else [[i] for i in range(len(sequences))]
     longest = max(sum(len(sequences[i]) for i in row) for row in rows)
     length = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
     shape = (len(rows), length)
     ids = np.full(shape, pad_id, np.int64)
-    positions = np.zeros(shape, np.int64)
+    axes = max((len(s.positions) for s in sequences if s.positions is not None), default=1)
+    positions = np.zeros((axes, *shape), np.int64)
+    newlines = np.zeros(shape, bool)
     owner = np.full(shape, -1, np.int32)  # sequence of each token; -1 = padding
     branch = np.zeros(shape, np.int32)  # 0 = shared prefix
     index: list[np.ndarray] = []
@@ -80,12 +91,16 @@ def pack(sequences: Sequence[Tokens], max_length: int, pad_id: int) -> Packed:
             end = start + len(sequence)
             owner[r, start:end] = i
             ids[r, start : start + size] = sequence.prefix
-            positions[r, start : start + size] = np.arange(size)
+            known = np.arange(size + 1)[None] if sequence.positions is None else sequence.positions
+            positions[:, r, start : start + size] = known[:, :size]
+            if sequence.newlines is not None:
+                newlines[r, start + sequence.newlines] = True
             at = start + size
             for number, (tokens, labels) in enumerate(sequence.branches, 1):
                 stop = at + len(tokens)
                 ids[r, at:stop] = tokens
-                positions[r, at:stop] = np.arange(size, size + len(tokens))
+                own = known[:, size : size + 1] + np.arange(len(tokens))
+                positions[:, r, at:stop] = own if size or sequence.positions is None else known
                 branch[r, at:stop] = number
                 supervised = np.flatnonzero(labels != IGNORE)
                 # What predicts a branch's first token is the prefix's last, not the branch before it.
@@ -97,7 +112,16 @@ def pack(sequences: Sequence[Tokens], max_length: int, pad_id: int) -> Packed:
                 at = stop
             start = end
     order = [i for row in rows for i in row]
-    return Packed(ids, positions, allowed_pairs(owner, branch), np.concatenate(index), np.concatenate(targets), order)
+    return Packed(
+        ids,
+        positions if axes > 1 else positions[0],
+        allowed_pairs(owner, branch),
+        np.concatenate(index),
+        np.concatenate(targets),
+        order,
+        newlines,
+        owner >= 0,
+    )
 
 
 def allowed_pairs(owner: np.ndarray, branch: np.ndarray) -> np.ndarray:

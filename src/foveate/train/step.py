@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from foveate.train.attention import additive_mask
+from foveate.train.attention import additive_mask, compute_dtype
 from foveate.train.config import LOSSES
+from foveate.train.family import Family
 from foveate.train.losses import Loss, StepOutput
 
 if TYPE_CHECKING:
     from foveate.nvila import NvilaForConditionalGeneration
     from foveate.train.batch import MicroBatch
+
+    Trainable = NvilaForConditionalGeneration | Family
 
 
 @dataclass
@@ -37,25 +40,34 @@ class StageLosses:
         return any(loss.needs_llm for loss in self.losses.values())
 
 
-def make_losses(
-    weights: dict[str, float], model: NvilaForConditionalGeneration, tokenizer: Any, heads: nn.ModuleDict
-) -> StageLosses:
-    """`StageLosses` for a stage; adds to `heads` those that are not there yet, so that they live on between stages."""
+def make_losses(weights: dict[str, float], model: Trainable, tokenizer: Any, heads: nn.ModuleDict) -> StageLosses:
+    """`StageLosses` for a stage; adds to `heads` those that are not there yet, so that they live on between stages.
+
+    Raises RecipeError for a loss that reads patches, which families of transformers do not hand out.
+    """
     losses = {}
     for name in weights:
-        loss: Loss = LOSSES.get(name)(model.config.vision_config.hidden_size, model.spec.side, tokenizer)
+        kind = LOSSES.get(name)
+        if isinstance(model, Family):
+            model.check_loss(name, kind)
+            loss: Loss = kind(0, 0, tokenizer)
+        else:
+            loss = kind(model.config.vision_config.hidden_size, model.spec.side, tokenizer)
         losses[name] = loss
         if name not in heads and (head := loss.make_head()) is not None:
             heads[name] = head
     return StageLosses(losses, weights, heads)
 
 
-def run_model(model: NvilaForConditionalGeneration, batch: MicroBatch, train_tower: bool) -> StepOutput:
-    """Tower features, and where the batch has text the hidden states at its supervised positions.
+def run_model(model: Trainable, batch: MicroBatch, train_tower: bool) -> StepOutput:
+    """Tower features (not of a `Family`), and where the batch has text the hidden states at its supervised positions.
 
     Only those positions reach the output head: with most of a row visual tokens or questions, logits everywhere would
     be the largest tensor of the step by far.
     """
+    if isinstance(model, Family):
+        hidden, head = model.run(batch)
+        return StepOutput(None, hidden.flatten(0, 1).index_select(0, batch.target_index), head)
     with contextlib.nullcontext() if train_tower else torch.no_grad():
         features = model.tower(batch.pixels) if batch.pixels.shape[0] else None
     if batch.input_ids is None:
@@ -68,7 +80,7 @@ def run_model(model: NvilaForConditionalGeneration, batch: MicroBatch, train_tow
     embeds = model.embed(batch.input_ids, pictures, clips)
     hidden = model.llm.model(
         inputs_embeds=embeds,
-        attention_mask=additive_mask(batch.allowed, _compute_dtype(embeds)),
+        attention_mask=additive_mask(batch.allowed, compute_dtype(embeds)),
         position_ids=batch.position_ids,
         use_cache=False,
     ).last_hidden_state
@@ -76,7 +88,7 @@ def run_model(model: NvilaForConditionalGeneration, batch: MicroBatch, train_tow
 
 
 def accumulate_gradients(
-    model: NvilaForConditionalGeneration,
+    model: Trainable,
     losses: StageLosses,
     batches: Sequence[MicroBatch],
     precision: str,
@@ -90,9 +102,9 @@ def accumulate_gradients(
     values = {name: torch.zeros_like(total) for name, total in totals.items()}
     for batch in batches:
         batch = batch.to(model.device)
-        with autocast(precision, batch.pixels.device.type):
+        with autocast(precision, model.device.type):
             output = run_model(model, batch, train_tower)
-            step_loss = torch.zeros((), device=batch.pixels.device)
+            step_loss = torch.zeros((), device=model.device)
             for name, loss in losses.losses.items():
                 sums = loss.sums(output, batch, losses.head(name))
                 means = sums / totals[name].clamp(min=1e-9).to(sums)
@@ -109,11 +121,6 @@ def autocast(precision: str, device_type: str = "cpu") -> contextlib.AbstractCon
     if precision == "float32":
         return contextlib.nullcontext()
     return torch.autocast(device_type, torch.bfloat16)
-
-
-def _compute_dtype(embeds: Tensor) -> torch.dtype:
-    device = embeds.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeds.dtype
 
 
 def _named_values(losses: StageLosses, values: dict[str, Tensor]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from foveate.train.checkpoint import (
     write_text,
 )
 from foveate.train.config import Stage, TrainRecipe
+from foveate.train.family import Family, core
 from foveate.train.memory import keep_freed_memory
 from foveate.train.metrics import Metrics
 from foveate.train.model import load_trainable, save_released
@@ -93,7 +94,7 @@ class Trainer:
         self._prepare_process()
         model, self.tokenizer = load_trainable(self.recipe, self.output, self.data_dir)
         self.model = model.to(_device(self.recipe.device))
-        use_attention(self.model, self.recipe.attention)
+        use_attention(core(self.model), self.recipe.attention)
         write_text(self.output / "recipe.yaml", self.recipe.to_yaml())
         position = self._restore_model(state) if state is not None else None
 
@@ -135,6 +136,7 @@ class Trainer:
             mixture,
             wants_text=losses.needs_llm,
             wants_dense="dense" in losses.losses,
+            **({"adapter": self.model.adapter, "packs": self.model.packs} if isinstance(self.model, Family) else {}),
         )
         train_tower = "vision_tower" in stage.trained_parts()
         bar = Progress(stage.name, stage.steps, done=self.step - first_step, quiet=self.quiet)
@@ -189,12 +191,13 @@ class Trainer:
 
     def _set_checkpointing(self, on: bool) -> None:
         self.model.train()
+        model = core(self.model)
         if on:
             # transformers 5.20 or so renamed it
-            enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         elif self._checkpointing:
-            disable = getattr(self.model, "activation_checkpointing_disable", self.model.gradient_checkpointing_disable)
+            disable = getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)
             disable()
         self._checkpointing = on
 
