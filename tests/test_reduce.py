@@ -306,12 +306,12 @@ def test_a_method_without_its_signal_or_site_says_what_to_use(models):
         signals = ("moon_phase",)
 
     class Elsewhere(Uniform):
-        sites = ("compose",)
+        sites = ("beneath",)
 
     with pytest.raises(UnsupportedError, match=r"moon_phase.*try 'uniform'"):
         Unmet(keep=0.5).check(models["nvila"])
     with (
-        pytest.raises(UnsupportedError, match=r"site compose.*post_projector"),
+        pytest.raises(UnsupportedError, match=r"site beneath.*post_projector"),
         Elsewhere(keep=0.5).attach(models["nvila"]),
     ):
         pass

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-SITES = ("compose", "encoder", "post_encoder", "post_projector", "llm", "compute", "cache")
-"""Where a reducer may act, in the order in which a request passes: while composing views, inside the encoder, after it,
-after the connector, inside the language model, in what its layers compute, in the cache while decoding."""
+SITES = ("encoder", "post_encoder", "post_projector", "llm", "compute", "cache")
+"""Where a reducer may act, in the order in which a request passes: inside the encoder, after it, after the connector,
+inside the language model, in what its layers compute, in the cache while decoding. What comes before - views, tiles,
+frames, thumbnails of a clip - is preprocessing, which the plan decides and no reducer changes."""
 
 INSIDE = ("llm", "compute", "cache")
 """Sites inside the language model."""

@@ -45,8 +45,6 @@ PICTURES = 5
 PAIRS = 20
 UNIT_SECONDS = 0.1
 """Least length of a timed unit; a request that is shorter is repeated inside."""
-BEFORE_FEATURES = ("compose", "encoder")
-"""Sites of methods that change what the tower computes."""
 MOST_MODELS = 16
 TIMED_TOKENS = 8
 THROUGHPUT_BATCH = 8
@@ -376,7 +374,7 @@ class ModelWorkbench:
         """(key of the features that these methods start from, all methods known to read them), these among them."""
         steps = steps_of(reducers, self.vlm.adapter.shape)
         key = f"{self._encoder_key(weights)} to {stop_of(steps)}"
-        if any(step.site in BEFORE_FEATURES for step in steps):
+        if any(step.site == "encoder" for step in steps):
             key += f" by {Recipe(reducers).text()}"  # the features themselves hang on the recipe
         readers = self._readers.setdefault(key, {})
         readers.update({reducer.name: steps_of([reducer], self.vlm.adapter.shape) for reducer in reducers})
