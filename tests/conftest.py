@@ -62,6 +62,19 @@ def pictures(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def run(capsys):
+    """Call the command; returns (exit code, stdout, stderr)."""
+    from foveate.cli import main
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        code = main([str(word) for word in argv])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def tinies(tmp_path_factory):
     """The tiny checkpoints (files only) of the families of transformers, by family."""

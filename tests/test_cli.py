@@ -12,31 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cli_calls import fails
 from foveate.cli import VERBS, main
 from foveate.cli.common import bar, human, new_file, new_folder
 from foveate.errors import InputError
-
-
-@pytest.fixture
-def run(capsys):
-    """Call the command; returns (exit code, stdout, stderr)."""
-
-    def call(*argv: object) -> tuple[int, str, str]:
-        code = main([str(word) for word in argv])
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
-
-
-def fails(result: tuple[int, str, str], *words: str) -> None:
-    """The mistake is said in one line on stderr with all `words`, nothing is on stdout, and the code is 2."""
-    code, out, err = result
-    line = err.splitlines()[-1]
-    assert code == 2 and out == "" and err.count("\n") == 1, err
-    for word in words:
-        assert word in line, err
-
 
 # ---- start-up
 
@@ -165,12 +144,6 @@ def test_ask_says_how_much_text_outweighs_the_picture(run, nano_folder, pictures
     assert code == 0 and "MDI" in out and "middle" in out
 
 
-def test_ask_show_needs_a_picture_file(run, nano_folder, pictures, tmp_path):
-    argv = ["ask", pictures / "a.png", "Which?", "--model", nano_folder, "--max-new-tokens", 1, "--show"]
-    fails(run(*argv, tmp_path / "plain"), "needs a suffix")
-    assert not (tmp_path / "plain").exists()
-
-
 def test_ask_dry_run_runs_nothing(run, nano_folder, pictures, monkeypatch):
     from foveate.vlm import VLM
 
@@ -180,27 +153,6 @@ def test_ask_dry_run_runs_nothing(run, nano_folder, pictures, monkeypatch):
     assert code == 0 and "visual" in out and "96 x 64" in out
     plan = json.loads(run(*argv, "--json")[1])
     assert plan["tokens"]["total"] == plan["tokens"]["text"] + plan["tokens"]["visual"]
-
-
-def test_mistakes_of_ask_are_one_line(run, nano_folder, pictures, tmp_path):
-    model = ("--model", nano_folder)
-    picture = pictures / "a.png"
-    fails(run("ask", "nowhere.png", "What?", *model), "no such picture", "nowhere.png")
-    fails(run("ask", picture, *model), "no question given", "a.png")
-    fails(run("ask", "only.png", *model), "no question given", "only.png")
-    fails(run("ask", "What is this?", *model), "no picture or clip")
-    fails(run("ask", picture, " ", *model), "question is empty")
-    fails(run("ask", "https://example.org/a.png", "What?", *model), "local files only")
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(picture.read_bytes()[:100])
-    fails(run("ask", broken, "What?", *model), "broken.png")
-    (tmp_path / "text.png").write_text("no picture")
-    fails(run("ask", tmp_path / "text.png", "What?", *model), "text.png")
-    fails(run("ask", picture, "What?", "--model", "nanoo"), "nanoo", "nano")
-    fails(run("ask", picture, "What?", "--model", tmp_path), str(tmp_path))
-    fails(run("ask", picture, "What?", *model, "--recipe", "unifrm(keep=0.5)"), "unifrm", "uniform")
-    fails(run("ask", picture, "What?", *model, "--reduce", "int8"), "int8", "--recipe")
-    fails(run("ask", picture, "What?", *model, "--max-new-tokens", "100000"), "100000", "tokens")
 
 
 # ---- chat
@@ -261,17 +213,6 @@ def test_eval_reads_own_questions_and_counts_bad_ones(run, nano_folder, pictures
     code, out, _ = run("eval", nano_folder, "--data", data, "--json")
     row = json.loads(out)["tasks"]["data"]
     assert code == 0 and row["n"] == 3 and row["skipped"] == 1 and row["chance"] == pytest.approx(2 / 3)
-
-
-def test_mistakes_of_eval_are_one_line(run, nano_folder, tmp_path):
-    fails(run("eval", nano_folder, "--task", "world/color"), "world/color", "world/colour")
-    fails(run("eval", nano_folder, "--task", "colour"), "did you mean 'world/colour'")
-    fails(run("eval", nano_folder, "--task", "data"), "--data")
-    fails(run("eval", nano_folder, "--data", tmp_path / "gone.jsonl"), "gone.jsonl", "does not exist")
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
-    fails(run("eval", nano_folder, "--data", empty), "empty.jsonl")
-    fails(run("eval", "no-such-model", "--task", "world/colour"), "no-such-model")
 
 
 # ---- plan, methods, bench

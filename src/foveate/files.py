@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ _log = logging.getLogger("foveate")
 _INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SHARD_BYTES = 4_500_000_000
+CONFIG_ERRORS = (OSError, KeyError, TypeError, ValueError, AttributeError, StrictDataclassError)
+"""What the config classes of transformers raise for values that they cannot take."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

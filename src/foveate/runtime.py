@@ -16,7 +16,7 @@ from torch import Tensor
 from foveate.adapters.shape import INSIDE
 from foveate.clock import Clock
 from foveate.encoder_site import encode_reduced
-from foveate.errors import BudgetError
+from foveate.errors import BudgetError, CheckpointError
 from foveate.method import signal_for
 from foveate.ragged import Ragged
 from foveate.rows import Row, narrowed, pad
@@ -191,17 +191,25 @@ def generate(
     clock: Clock,
     sampling: Sampling | None = None,
     on_token: Callable[[int], None] | None = None,
+    strict: bool = False,
 ) -> list[list[int]]:
     """New token ids of each row, without the stop token. Rows are padded on the left; a finished row leaves the batch.
 
-    on_token: called with each token of the first row as it comes.
+    on_token: called with each token of the first row as it comes. strict: raise CheckpointError when the prompt's
+    logits are not numbers, instead of answering with whatever their largest is.
     """
     stops = set(stop)
     out: list[list[int]] = [[] for _ in rows]
     draw = _sampler(sampling)
     batch = open_batch(adapter, rows, cache, clock)
     with clock.stage("prefill"):
-        token = draw(batch.prefill())
+        logits = batch.prefill()
+        if strict and bool(logits.isnan().any()):
+            raise CheckpointError(
+                f"the logits are not numbers in {str(adapter.model.dtype).removeprefix('torch.')}: weights or what a "
+                "recipe made of them are damaged or too large; try --dtype float32, or another checkpoint or recipe"
+            )
+        token = draw(logits)
         found = token.tolist()
     with clock.stage("decode"):
         while True:

@@ -207,6 +207,7 @@ class VLM:
             clock=clock,
             sampling=sampling,
             on_token=stream,
+            strict=True,
         )
         ms = {stage: value / len(requests) for stage, value in clock.ms.items()}
         return [self._answer(row, ids, ms) for row, ids in zip(rows, new)]
@@ -312,7 +313,7 @@ def load(
     if random_weights:
         adapter, recipe = _random(name, dtype, device, attn), Recipe()
     else:
-        folder = _find(path)
+        folder = find_folder(path)
         kind = family_of(folder)
         recipe = Recipe.restore(folder, kind.family)
         prepare = recipe.prepare_ if recipe.of("weights") else None
@@ -321,7 +322,7 @@ def load(
     return VLM(adapter, name, recipe)
 
 
-def _find(path: str | Path) -> Path:
+def find_folder(path: str | Path) -> Path:
     """The folder that `path` means. Raises UnknownNameError, or CheckpointError when it names no model.
 
     The text "nano" is the embedded model even where a folder of that name lies around; "./nano" is the folder.
@@ -335,11 +336,17 @@ def _find(path: str | Path) -> Path:
     presets = _presets()
     if name in presets:
         raise CheckpointError(
-            f"{name!r} is an architecture without weights; give the folder of its checkpoint, or random_weights=True"
+            f"{name!r} is an architecture without weights; give the folder of its checkpoint, or take random numbers: "
+            "bench --random-weights, or random_weights=True"
         )
     if folder.exists() or len(folder.parts) > 1 or name.startswith((".", "~")):
         raise CheckpointError(f"{name} is not a folder; give the folder of a checkpoint, or the name nano")
-    raise UnknownNameError(f"unknown model {name!r}{nearest(name, presets)}; or give a checkpoint's folder")
+    raise UnknownNameError(unknown_model(name))
+
+
+def unknown_model(name: str) -> str:
+    """One line for a name that is neither a folder nor a preset."""
+    return f"unknown model {name!r}: give a checkpoint's folder, or a preset{nearest(name, _presets())}"
 
 
 def family_of(folder: Path) -> type[Adapter]:

@@ -25,6 +25,7 @@ from foveate.adapters.tower import PATCH_SIGNALS
 from foveate.data.spec import PreprocessSpec
 from foveate.errors import CheckpointError
 from foveate.files import (
+    CONFIG_ERRORS,
     Stored,
     fill,
     read_json,
@@ -181,7 +182,7 @@ class HfAdapter(Adapter):
             if ours:  # our layers say themselves what they hold
                 del config.quantization_config
             return config
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except CONFIG_ERRORS as error:
             text = " ".join(str(error).split())
             raise CheckpointError(f"{path}/config.json cannot be read as {cls.family}: {text}") from error
 

@@ -12,6 +12,7 @@ from foveate.cli.common import (
     add_method_options,
     add_model_options,
     add_verb,
+    check_picture,
     load_model,
     new_file,
     parse_reduce,
@@ -49,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
         plan = vlm.plan(user_message(media, question), num_frames=args.frames)
         print_json(plan.to_dict()) if args.json else show_plan(plan)
         return 0
-    if args.show and not Path(args.show).suffix:
-        raise InputError(f"--show {args.show}: the file needs a suffix such as .png")
+    if args.show:
+        check_picture(args.show, "--show")
     stream = None if args.json else _write
     answer = vlm.ask(
         media, question, max_new_tokens=args.max_new_tokens, reduce=reduce, num_frames=args.frames, on_text=stream
@@ -144,7 +145,9 @@ def summary(answer: Any) -> str:
 
 def show_plan(plan: Any) -> None:
     """A plan in words."""
-    print(f"{plan.num_tokens} tokens: {plan.num_text} text, {plan.num_visual} visual")
+    separators = plan.num_visual - sum(media.num_features for media in plan.media)
+    apart = f" ({separators} of them separators)" if separators else ""
+    print(f"{plan.num_tokens} tokens: {plan.num_text} text, {plan.num_visual} visual{apart}")
     for media in plan.media:
         width, height = media.size
         details = [f"{width} x {height}", f"{len(media.views)} views"]

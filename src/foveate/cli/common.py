@@ -80,6 +80,8 @@ def parse_recipe(text: str | None) -> Any:
     from foveate.recipe import Recipe
 
     path = Path(text)
+    if not path.is_file() and path.suffix in (".yaml", ".yml", ".json") and "(" not in text:
+        raise InputError(f"no recipe file {text}; check the path, or give the recipe as text")
     if not path.suffix or not path.is_file():
         return Recipe.parse(text)
     import yaml  # reads JSON too
@@ -148,6 +150,16 @@ def check_new(path: str | Path, option: str) -> Path:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{option} {path} already exists; choose another name or remove it")
     return path
+
+
+def check_picture(path: str | Path, option: str) -> None:
+    """Raises InputError, naming the option, when pictures cannot be written under this name."""
+    from PIL import Image
+
+    Image.init()
+    suffix = Path(path).suffix.lower()
+    if Image.EXTENSION.get(suffix) not in Image.SAVE:
+        raise InputError(f"{option} {path}: {suffix or 'no suffix'} is no picture format; use .png or .jpg")
 
 
 @contextmanager

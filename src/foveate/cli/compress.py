@@ -46,13 +46,13 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if not args.recipe.strip():
+        raise InputError("--recipe is empty; give methods, for example 'rtn(bits=4) + int8'")
     if args.study:
         return _study(args)
     if not args.out:
         raise InputError("give -o OUT, the folder of the new model")
     out = check_new(args.out, "-o")
-    if not args.recipe:
-        raise InputError('--recipe is empty; give methods, for example "awq(bits=4)"')
     recipe = _calibrated(parse_recipe(args.recipe), args)
     args.recipe = None  # applied here, so that both sides can be measured
     before = load_model(args)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from foveate.cli.common import add_verb, check_new, print_json
-from foveate.errors import InputError
 
 LAYOUTS = ("foveate", "three-folder", "flat")
 
 
 def add_parser(subparsers: Any) -> None:
     parser = add_verb(subparsers, "convert")
-    parser.add_argument("source", metavar="SRC", help="checkpoint in any layout")
+    parser.add_argument("source", metavar="SRC", help="checkpoint in any layout, or nano")
     parser.add_argument("target", metavar="DST", help="new folder")
     parser.add_argument(
         "--layout",
@@ -27,12 +25,12 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from foveate.disk import plain_errors
     from foveate.nvila.checkpoint import convert
+    from foveate.vlm import find_folder
 
-    if not Path(args.source).is_dir():
-        raise InputError(f"no checkpoint folder {args.source!r}; give the folder that holds its config.json")
+    source = find_folder(args.source)
     target = check_new(args.target, "DST")
     with plain_errors(target, target, "nothing was changed"):
-        folder = convert(args.source, target, layout=args.layout)
+        folder = convert(source, target, layout=args.layout)
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
     if args.json:
         print_json({"model": args.target, "layout": args.layout, "files": files})

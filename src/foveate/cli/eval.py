@@ -22,6 +22,9 @@ from foveate.cli.common import (
 )
 from foveate.errors import InputError
 
+SHOWN = 5
+"""Bad samples that are named in the text; all are counted."""
+
 
 def add_parser(subparsers: Any) -> None:
     parser = add_verb(subparsers, "eval")
@@ -122,6 +125,10 @@ def show(result: dict[str, Any]) -> None:
     columns = ["task", "", "accuracy", "95 % interval", "chance", "n"]
     print_table(columns, rows, title=f"{result['model']}{recipe}\n", left=2)
     print(f"\nmean {result['mean']:.3f} over {len(rows)} tasks in {result['seconds']:.1f} s")
-    skipped = {name: row["skipped"] for name, row in result["tasks"].items() if row["skipped"]}
-    if skipped:
-        print("skipped bad samples: " + ", ".join(f"{count} in {name}" for name, count in skipped.items()))
+    for name, row in result["tasks"].items():
+        reasons = list(row.get("reasons", {}).items())[:SHOWN]
+        if reasons:
+            print(f"skipped {row['skipped']} bad samples of {name}:")
+            print("\n".join(f"  {sample}: {' '.join(reason.split())}" for sample, reason in reasons))
+        if row["skipped"] > len(reasons):
+            print(f"  and {row['skipped'] - len(reasons)} more (--json names them)")

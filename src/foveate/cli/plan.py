@@ -131,8 +131,9 @@ def shape_of(model: str) -> tuple[ModelShape, PreprocessSpec, int, Recipe]:
             config = PRESETS.get(model).config()
             spec = config.spec
         else:
-            known = sorted([*PRESETS.names(), *presets.PRESETS.names()])
-            raise UnknownNameError(f"unknown model {model!r}: no such folder; presets: {', '.join(known)}")
+            from foveate.vlm import unknown_model
+
+            raise UnknownNameError(unknown_model(model))
     context = int(config.get_text_config().max_position_embeddings)
     return ModelShape.from_config(config, spec), spec, context, recipe
 

@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from foveate.cli.common import add_verb, new_file, new_folder, positive_int, print_json
-from foveate.errors import InputError
+from foveate.cli.common import add_verb, check_picture, new_file, new_folder, positive_int, print_json
 
 if TYPE_CHECKING:
     from foveate.data.sample import Sample
@@ -66,14 +65,9 @@ def check_skills(asked: list[str]) -> list[str]:
 
 
 def _show(args: argparse.Namespace, skills: list[str]) -> dict[str, Any]:
-    from PIL import Image
-
     from foveate.world.show import contact_sheet
 
-    Image.init()
-    suffix = "." + args.out.rpartition(".")[2].lower()
-    if suffix not in Image.EXTENSION or Image.EXTENSION[suffix] not in Image.SAVE:
-        raise InputError(f"--out {args.out}: no picture format ends in {suffix!r}; use .png or .jpg")
+    check_picture(args.out, "--out")
     sheet = contact_sheet(skills, args.n, split=args.split, seed=args.seed)
     with new_file(args.out) as path:
         sheet.save(path)

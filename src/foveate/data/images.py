@@ -132,7 +132,9 @@ def _open(data: Any, name: str) -> Image.Image:
             warnings.simplefilter("ignore")  # the size is checked against our own limit right after
             return Image.open(handle)
     except Image.DecompressionBombError as error:
-        raise InputError(f"{name}: a decompression bomb: {_line(error)} (limit of Pillow)") from None
+        raise InputError(
+            f"{name}: a decompression bomb: {_line(error)} (limit of Pillow); make the picture smaller"
+        ) from None
     except Exception as error:  # decoders raise anything on hostile bytes
         empty = len(data) == 0 if isinstance(data, bytes | bytearray) else _is_empty(handle)
         why = "the file is empty" if empty else f"not a picture that can be read ({_line(error)})"

@@ -120,11 +120,23 @@ def save(
 
 
 def convert(src: str | os.PathLike[str], dst: str | os.PathLike[str], layout: str = "foveate") -> Path:
-    """Write the checkpoint at `src` in another layout; tensors and tokenizer files stay the same, bit for bit."""
+    """Write the checkpoint at `src` in another layout; tensors and tokenizer files stay the same, bit for bit.
+
+    Raises CheckpointError as `load` and `save` do, and for quantized weights.
+    """
     source = Path(src)
     if layout not in LAYOUTS:
         raise CheckpointError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
-    model, tokenizer, _ = load(source, dtype=None)
+    try:
+        model, tokenizer, _ = load(source, dtype=None)
+    except CheckpointError as error:
+        if not (source / "recipe.json").is_file():
+            raise
+        recipe = read_json(source / "recipe.json").get("recipe")
+        raise CheckpointError(
+            f"{source} holds weights that {recipe!r} has changed, which other layouts have no place for; convert the "
+            f"model it was made from ({error})"
+        ) from None
     tokenizer_folder = _tokenizer_folder(source, detect(source))
     with replacing(Path(dst)) as folder:
         _write_model(model, model.config, folder, layout)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from foveate.errors import UnsupportedError
 from foveate.nvila.configuration import NvilaConfig
 from foveate.nvila.modeling import NvilaForConditionalGeneration
 
@@ -24,10 +25,16 @@ def empty(architecture: type[PreTrainedModel], config: Any, attn: str | None = N
     """A model whose parameters hold no memory ("meta") and whose buffers are real, ready for assigned weights.
 
     architecture: a class of transformers. attn: attention backend of transformers ("sdpa", "eager", ...); None keeps
-    the default, SDPA.
+    the default, SDPA. Raises UnsupportedError for a backend that there is not, or that is not installed.
     """
-    with torch.device("meta"):
-        model = architecture._from_config(config, attn_implementation=attn)
+    try:
+        with torch.device("meta"):
+            model = architecture._from_config(config, attn_implementation=attn)
+    except (ImportError, ValueError) as error:
+        if attn is None:
+            raise
+        reason = " ".join(str(error).split())
+        raise UnsupportedError(f"attention backend {attn!r} cannot be used; take sdpa or eager ({reason})") from None
     for module in model.modules():  # buffers that no checkpoint stores: on meta they were never computed
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if names == ["position_ids"]:

@@ -17,7 +17,7 @@ from transformers import Qwen2Config, SiglipVisionConfig
 
 from foveate.data.spec import PreprocessSpec
 from foveate.errors import CheckpointError, FoveateError
-from foveate.files import read_json, write_json
+from foveate.files import CONFIG_ERRORS, read_json, write_json
 from foveate.nvila.configuration import NvilaConfig, connector_ratio
 
 LAYOUTS = ("foveate", "three-folder", "flat")
@@ -93,8 +93,9 @@ def read_config(folder: Path, layout: str, media_ids: tuple[int, int]) -> NvilaC
         return NvilaConfig(**fields | {"image_token_id": media_ids[0], "video_token_id": media_ids[1]})
     except FoveateError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/config.json cannot be read as {layout}: {error!r}") from error
+    except CONFIG_ERRORS as error:
+        text = " ".join(repr(error).split())
+        raise CheckpointError(f"{folder}/config.json cannot be read as {layout}: {text}") from error
 
 
 def write_configs(config: NvilaConfig, folder: Path, layout: str) -> None:

@@ -137,7 +137,8 @@ class FileTask(Task):
         self.skipped.update(report.reasons())
         if not found:
             raise InputError(
-                f"{self.path} holds no usable question ({len(self.skipped)} bad); see docs for the formats"
+                f"{self.path} holds no usable question: {report if report.count else 'it is empty'}; "
+                "the formats are in docs/preprocessing.md"
             )
         if limit is not None and limit < len(found):
             found = random.Random(seed).sample(found, limit)

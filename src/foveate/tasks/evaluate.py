@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from foveate.vlm import VLM
 
 _log = logging.getLogger("foveate")
+MAX_REASONS = 100
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ def evaluate(
     first; reduce: a token reduction for the requests alone. records: a list that receives one Record a question.
     Returns {"model", "recipe", "tasks": {name: {"n", "correct", "accuracy", "low", "high", "chance", "majority",
     "scorer", "version", "skipped"}}, "mean", "seconds"}; low and high are the 95 % Wilson interval, mean is over tasks.
+    A task with skipped samples also has "reasons": the first hundred by name.
     Raises UnknownNameError, InputError (no data, or no usable question), RecipeError.
     """
     start = time.monotonic()
@@ -80,7 +82,7 @@ def evaluate(
             raise InputError(f"task {task.name!r} gave no usable question: {reason}")
         if records is not None:
             records.extend(found)
-        results[task.name] = _summary(task, items, found, len(task.skipped) + len(skipped))
+        results[task.name] = _summary(task, items, found, {**task.skipped, **skipped})
     if without_clips:
         text = f"{vlm.adapter.family} takes no clips, so these tasks are left out: {', '.join(without_clips)}"
         if not results:
@@ -161,7 +163,7 @@ def _answers(
     return [pair for item in items for pair in _answers(vlm, [item], max_new_tokens, reduce, num_frames)]
 
 
-def _summary(task: Task, items: list[Item], found: list[Record], skipped: int) -> dict[str, Any]:
+def _summary(task: Task, items: list[Item], found: list[Record], skipped: dict[str, str]) -> dict[str, Any]:
     right = sum(record.correct for record in found)
     low, high = wilson(right, len(found))
     ids = {record.id for record in found}
@@ -178,7 +180,8 @@ def _summary(task: Task, items: list[Item], found: list[Record], skipped: int) -
         "majority": majority(used),
         "scorer": ", ".join(scorers),
         "version": task.version,
-        "skipped": skipped,
+        "skipped": len(skipped),
+        **({"reasons": dict(list(skipped.items())[:MAX_REASONS])} if skipped else {}),
         **({"detail": pope_metrics([r.prediction for r in found], [r.answer for r in found])} if yes_no else {}),
     }
 

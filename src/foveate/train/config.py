@@ -231,7 +231,10 @@ def load_recipe(name_or_path: str | Path) -> TrainRecipe:
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise RecipeError(f"no recipe file {text}; shipped recipes: {', '.join(shipped_recipes())}")
-        return parse_recipe(path.read_text(encoding="utf-8"), path.name)
+        try:
+            return parse_recipe(path.read_text(encoding="utf-8"), path.name)
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"recipe file {text} cannot be read: {error}") from None
     if text not in shipped_recipes():
         known = shipped_recipes()
         raise UnknownNameError(f"unknown training recipe {text!r}{_near(text, known)}, or give a .yaml file")

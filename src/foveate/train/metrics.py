@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
 from foveate.disk import plain_errors
 from foveate.train.checkpoint import WAY_OUT, write_text
+
+_log = logging.getLogger("foveate")
 
 
 class Metrics:
@@ -64,8 +67,7 @@ def _tensorboard(folder: Path, step: int) -> Any | None:
 
             return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
     except ImportError:
-        warnings.warn(
-            "TensorBoard is not installed, so only metrics.jsonl is written; to add it: pip install 'foveate[train]'",
-            stacklevel=3,
+        _log.warning(
+            "TensorBoard is not installed, so only metrics.jsonl is written; to add it: pip install 'foveate[train]'"
         )
         return None

@@ -8,8 +8,8 @@ epoch. Which source gives sample i of step s depends on the seed, stage, s and i
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -21,6 +21,7 @@ from foveate.errors import InputError, RecipeError
 if TYPE_CHECKING:
     from foveate.data.sample import Sample
 
+_log = logging.getLogger("foveate")
 T = TypeVar("T")
 NAMED = {"easy-vqa": "train", "nlvr": "dev-train"}
 """Sets of the data folder that may be trained into a released model, with the split that is used; the rest of `dev`
@@ -134,12 +135,12 @@ def open_mixture(
     stage: int,
     data_dir: str | Path | None = None,
     world: dict[str, Any] | None = None,
-    cache: dict[str, Source] | None = None,
+    cache: dict[str, Source | None] | None = None,
 ) -> Mixture:
     """Open the sources of a stage. A missing one whose name ends in "?" is left out with one warning.
 
-    data_dir: folder of the named sets, default $FOVEATE_DATA. cache: sources already open in this run, by name.
-    Raises RecipeError for a source that is unknown, or missing and not optional.
+    data_dir: folder of the named sets, default $FOVEATE_DATA. cache: sources already open in this run, by
+    name; None for one that was left out. Raises RecipeError for a source that is unknown, or missing and not optional.
     """
     cache = {} if cache is None else cache
     weights: dict[Source, float] = {}
@@ -148,13 +149,15 @@ def open_mixture(
             continue
         name = text.removesuffix("?")
         try:
-            if name not in cache:
+            if name not in cache or (cache[name] is None and not text.endswith("?")):
                 cache[name] = _open(name, seed, data_dir, world or {})
-            weights[cache[name]] = weight
+            if (source := cache[name]) is not None:
+                weights[source] = weight
         except (RecipeError, InputError, OSError) as error:
             if not text.endswith("?"):
                 raise
-            warnings.warn(f"optional source left out: {error}", stacklevel=2)
+            cache[name] = None  # said once, however many stages name it
+            _log.warning(f"optional source left out: {error}")
     if not weights:
         raise RecipeError(f"none of the sources {', '.join(mixture)} is there; give --data or set FOVEATE_DATA")
     return Mixture(weights, seed, stage)
@@ -178,7 +181,7 @@ def _open(name: str, seed: int, data_dir: str | Path | None, world: dict[str, An
     report = SkipReport()
     samples = list(open_dataset(name, report=report))
     if report.count:
-        warnings.warn(f"source {name!r}: {report}", stacklevel=2)
+        _log.warning(f"source {name!r}: {report}")
     return ListSource(name, samples, seed)
 
 

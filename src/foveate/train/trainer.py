@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from foveate.progress import Progress
 from foveate.train.attention import use_attention
 from foveate.train.batch import BatchMaker, StepData, prefetch
 from foveate.train.checkpoint import (
+    PARTIAL,
     TrainState,
     complete_checkpoints,
     load_checkpoint,
@@ -32,7 +33,10 @@ from foveate.train.optimizer import StageOptimizer, select_trainable
 from foveate.train.sources import Mixture, Source, open_mixture
 from foveate.train.step import StageLosses, accumulate_gradients, make_losses
 
+_log = logging.getLogger("foveate")
 MODEL_FOLDER = "model"
+FILES = {"recipe.yaml", "tokenizer", "metrics.jsonl", "tensorboard", "run.json", MODEL_FOLDER}
+"""What a run may have left before its first checkpoint."""
 RANDOM_STATE = "random/torch"
 
 
@@ -73,7 +77,7 @@ class Trainer:
         self.output = Path(recipe.output or f"runs/{recipe.name}")
         self.step = 0
         self.heads = nn.ModuleDict({"heads": nn.ModuleDict()})
-        self._sources: dict[str, Source] = {}
+        self._sources: dict[str, Source | None] = {}
         self._skipped: dict[str, int] = {}
         self._checkpointing = False
 
@@ -89,6 +93,10 @@ class Trainer:
                 f"{self.output} holds a run at {found[-1].name}; add --resume, or choose another --output"
             )
         state = load_checkpoint(found[-1], self.recipe) if found else None
+        if state is None:
+            check_folder(self.output)
+            if resume:
+                _log.warning(f"{self.output} holds no checkpoint; the run begins at its start")
         for number in range(len(self.recipe.stages)):
             self._open(number)  # a source that is missing is reported now, not hours later
         self._prepare_process()
@@ -162,7 +170,7 @@ class Trainer:
             self._skipped[name] = self._skipped.get(name, 0) + count
         if mixture.skipped:
             total = sum(mixture.skipped.values())
-            warnings.warn(f"stage {stage.name}: {total} samples skipped; last: {mixture.last_reason}", stacklevel=2)
+            _log.warning(f"stage {stage.name}: {total} samples skipped; last: {mixture.last_reason}")
         return values.get("loss")
 
     def _open(self, number: int) -> Mixture:
@@ -229,10 +237,9 @@ class Trainer:
         self.step = int(saved.state["step"])
         self._skipped = dict(saved.state["skipped"])
         if saved.state["threads"] != torch.get_num_threads():
-            warnings.warn(
+            _log.warning(
                 f"the run was at {saved.state['threads']} threads and goes on with {torch.get_num_threads()}: "
-                "it will not repeat bit for bit",
-                stacklevel=3,
+                "it will not repeat bit for bit"
             )
         for number in range(saved.state["stage"] + 1):
             self._losses(number)  # makes the training heads, whose values are then replaced
@@ -251,6 +258,16 @@ class Trainer:
                 f"loss is not a number at step {self.step} of stage {stage.name!r}; lower lr, or set clip_norm; "
                 f"the last checkpoint in {self.output} is from before"
             )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise RecipeError when `folder` cannot become that of a run: it is a file, or holds other things."""
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"--output {folder} is a file; give the name of a folder")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if name not in FILES and not name.startswith(PARTIAL)]
+    if foreign:
+        raise RecipeError(f"--output {folder} holds {foreign[0]!r}, which is not of a run; give a new folder")
 
 
 class _Meter:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-KEPT = 1000  # names that are remembered; the count goes on
+KEPT = 100_000  # names that are remembered; the count goes on
 
 
 @dataclass
 class SkipReport:
-    """Which samples were skipped and why. `count` is exact; the first 1000 are kept by name."""
+    """Which samples were skipped and why. `count` is exact; the first 100,000 are kept by name."""
 
     count: int = 0
     total: int = 0
