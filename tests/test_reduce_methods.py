@@ -534,7 +534,10 @@ def test_ts_llava_keeps_a_thumbnail_and_equal_steps():
 
 
 def test_the_question_is_stripped_to_what_it_is_about():
-    assert keywords("<image>\nWhat is the man holding in his left hand?") == "man holding in left hand"
+    assert keywords("<image>\nWhat is the man holding in his left hand?") == "man holding in his left hand"
+    assert keywords("If so, who am I and then whom?") == "am whom"  # the authors' list, no more and no less
+    assert keywords("Who is it?\nAnswer the question using a single word or phrase.") == "Who is it?\n"
+    assert keywords("") == ""
     assert keywords("Why?") == "Why?"
 
 

@@ -34,9 +34,8 @@ ANSWER_FORMATS = (
 _STOP = frozenset(
     re.findall(
         r"\w+",
-        "a an the is am are was were be been being do does did have has had having i you he she it we they me him her "
-        "us them my your his its our their what which who whom whose when where why how and or but if because as until "
-        "while question answer to for with by from at into onto upon",
+        "question answer an a the who what which why how where when i you he she it we they if then so and or but "
+        "be been being is are was were do does did have has had by for from to at with into onto upon",
     )
 )
 
@@ -94,12 +93,12 @@ def covering(
 
 
 def keywords(question: str) -> str:
-    """The words of an English question that say what it is about, in order; the question itself when none is left.
+    """The words of an English question that say what it is about, in order; what there is when none is left.
 
-    The LLaVA rule: stock sentences about the form of the answer go, then articles, forms of be, have and do, pronouns,
-    question words, conjunctions and some prepositions.
+    The LLaVA rule: stock sentences about the form of the answer go, then articles, forms of be, have and do, subject
+    pronouns, question words, conjunctions and some prepositions.
     """
     text = question.removeprefix("<image>\n")
     for sentence in ANSWER_FORMATS:
         text = text.replace(sentence, "")
-    return " ".join(word for word in re.findall(r"\w+", text) if word.lower() not in _STOP) or question
+    return " ".join(word for word in re.findall(r"\w+", text) if word.lower() not in _STOP) or text
