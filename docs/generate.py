@@ -4,7 +4,8 @@
     python docs/generate.py --check    exit 1 when a file is stale, and name it
 
 Names: `help VERB` (the --help text), `file PATH` (a file of the repository), `fields MODULE:CLASS` (a table of a
-dataclass's fields, from the strings below them), `skills`, `kinds`, `methods`, `presets`, `curriculum RECIPE`.
+dataclass's fields, from the strings below them), `skills`, `kinds`, `methods`, `presets`, `curriculum RECIPE`, `flags VERB`
+(a table of a verb's options).
 """
 
 from __future__ import annotations
@@ -43,6 +44,24 @@ def help_text(verb: str) -> str:
     finally:
         os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
     return f"```text\n{out.getvalue().strip()}\n```"
+
+
+def flags(verb: str) -> str:
+    """A table of the options of a verb, from its parser: with the value that each takes, its group and its help."""
+    from foveate.cli import build_parser
+
+    (verbs,) = (action for action in build_parser([verb])._actions if isinstance(action, argparse._SubParsersAction))
+    rows = []
+    for group in verbs.choices[verb]._action_groups:
+        for action in group._group_actions:
+            if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+                continue
+            name = ", ".join(action.option_strings) or action.dest
+            value = f" {action.metavar or action.dest.upper()}" if action.option_strings and action.nargs != 0 else ""
+            listed = f"one of {', '.join(map(str, action.choices))}" if action.choices else ""
+            about = (action.help or listed).replace("%%", "%").replace("|", "\\|").replace("<", "&lt;")
+            rows.append([f"`{name}{value}`", group.title or "", about])
+    return _left(["option", "group", ""], rows)
 
 
 def file_text(path: str) -> str:
@@ -177,6 +196,7 @@ BLOCKS: dict[str, Callable[[str], str]] = {
     "help": help_text,
     "file": file_text,
     "fields": fields,
+    "flags": flags,
     "skills": skills,
     "kinds": kinds,
     "methods": methods,

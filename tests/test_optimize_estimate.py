@@ -8,6 +8,7 @@ import foveate
 from foveate.bench import cost as costs
 from foveate.optimize.budget import Budget, Cost
 from foveate.optimize.estimate import Estimator
+from foveate.optimize.search import Trial, improbable
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def _messages():
 
 
 def test_dense_is_one(estimator):
-    assert estimator.ratios("") == {"ttft": 1.0, "tpot": 1.0}
+    assert estimator.ratios("") == {"ttft": 1.0, "tpot": 1.0, "throughput": 1.0}
 
 
 def test_fewer_tokens_are_predicted_to_answer_sooner(estimator):
@@ -50,9 +51,21 @@ def test_what_does_not_fit_the_timed_shape_has_no_estimate(estimator):
     assert estimator.ratios("fastv(keep=0.5, layer=40)") == {}
 
 
-def test_only_relative_limits_that_are_missed_by_half_make_a_recipe_improbable():
-    budget = Budget.parse(ttft="0.6x")
-    assert budget.unlikely(Cost(1, 1, 1, hints={"ttft": 0.9})) == {"ttft": 0.9}
-    assert budget.unlikely(Cost(1, 1, 1, hints={"ttft": 0.79})) == {}  # more than half of the saving is in sight
-    assert budget.unlikely(Cost(1, 1, 1)) == {}
-    assert Budget.parse(ttft="40ms").unlikely(Cost(1, 1, 1, hints={"ttft": 0.9})) == {}
+def test_limits_that_are_missed_by_half_make_a_recipe_improbable():
+    budget, dense = Budget.parse(ttft="0.6x"), Cost(1, 1, 1)
+    assert budget.unlikely(Cost(1, 1, 1, hints={"ttft": 0.9}), dense) == {"ttft": 0.9}
+    assert budget.unlikely(Cost(1, 1, 1, hints={"ttft": 0.79}), dense) == {}  # more than half of the saving is in sight
+    assert budget.unlikely(Cost(1, 1, 1), dense) == {}
+
+
+def test_absolute_limits_count_once_dense_was_timed():
+    budget, small = Budget.parse(ttft="60ms"), Cost(1, 1, 1, hints={"ttft": 0.9})
+    assert budget.unlikely(small, Cost(1, 1, 1)) == {}
+    assert budget.unlikely(small, Cost(1, 1, 1, ttft_ms=100.0)) == {"ttft": 0.9}
+    assert budget.unlikely(small, Cost(1, 1, 1, ttft_ms=50.0)) == {}  # dense itself is within
+    more = Budget.parse(throughput="20req/s")
+    fast, slow = (Cost(1, 1, 1, hints={"throughput": by}) for by in (1.6, 1.2))
+    assert more.unlikely(slow, Cost(1, 1, 1, throughput=10.0)) == {"throughput": pytest.approx(1 / 1.2)}
+    assert more.unlikely(fast, Cost(1, 1, 1, throughput=10.0)) == {}
+    trial = Trial("slow", slow)
+    assert improbable(trial, more, Cost(1, 1, 1, throughput=10.0)) and "throughput 1.20x of dense" in trial.reason

@@ -17,8 +17,11 @@ import pytest
 import foveate
 from families import FAMILIES, picture, tiny
 from foveate.cli import main as cli
+from foveate.optimize import answers as answers_module
 from foveate.optimize import main as main_module
+from foveate.optimize import times as times_module
 from foveate.optimize import workbench as workbench_module
+from foveate.tasks.scores import judge
 
 METHODS = ["--method", "uniform", "--method", "rtn"]
 
@@ -39,10 +42,11 @@ def questions(tmp_path):
 @pytest.fixture
 def hasty(monkeypatch):
     """Few recipes, short answers and short times."""
-    monkeypatch.setattr(workbench_module, "PAIRS", 2)
-    monkeypatch.setattr(workbench_module, "UNIT_SECONDS", 0.0)
+    monkeypatch.setattr(times_module, "PAIRS", 2)
+    monkeypatch.setattr(times_module, "UNIT_SECONDS", 0.0)
     monkeypatch.setattr(workbench_module, "PICTURES", 1)
-    monkeypatch.setattr(workbench_module, "TIMED_TOKENS", 2)
+    monkeypatch.setattr(answers_module, "judge", lambda *question: 1.0)  # random weights know nothing
+    monkeypatch.setattr(times_module, "TIMED_TOKENS", 2)
     effort = main_module.Effort(recipes=3, upgrades=0, explore=2, shortlist=2, rungs=((2, 1),), prove=2, timed=1)
     monkeypatch.setattr(main_module, "Effort", lambda: effort)
     real = main_module.find_tasks
@@ -137,7 +141,17 @@ def test_the_command_on_every_family(family, questions, tmp_path, hasty, capsys)
     code = cli([*command, "--max-bytes", "0.9x", "--max-loss", "100pt", "-o", str(out)])
     report = json.loads(capsys.readouterr().out)
     assert code == 0 and report["met"] and report["cost"]["bytes"] <= 0.9 * report["dense"]["cost"]["bytes"]
-    assert "right on no sample" in report["verdict"]  # random weights know nothing, and the report says so
     assert {row["recipe"].split("(")[0] for row in report["trials"]} >= {"rtn"}
     assert "uniform" not in report["refused"] and (out / "report.html").is_file()
     assert foveate.load(out, device="cpu").recipe.text() == report["recipe"]
+
+
+def test_answers_that_are_all_wrong_are_no_success(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(answers_module, "judge", judge)
+    assert cli([*command, "-o", str(tmp_path / "out")]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["met"] and report["verdict"].startswith(
+        "Nothing is proven: the dense model is right on no sample"
+    )
+    assert report["recipe"] and report["out"] is None and not (tmp_path / "out" / "config.json").exists()
+    assert 'class="verdict no"' in (tmp_path / "out" / "report.html").read_text()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from foveate.errors import BudgetError
+from foveate.errors import BudgetError, UnsupportedError
+from foveate.optimize import strategies as strategies_module
 from foveate.optimize.budget import Budget, Cost, Limit, amount, parse_loss, points
 from foveate.optimize.result import to_report
 from foveate.optimize.run import Effort, search, skill_table
@@ -290,10 +292,75 @@ def test_a_winner_that_fails_the_proof_is_not_kept():
     assert found.verdict.startswith("Not met: -9") and "beyond noise" in found.verdict
 
 
-def test_answers_that_are_all_wrong_are_said():
-    bench = Synthetic({"good": (0.4, 0.4, 0.0)})
+def test_answers_that_are_all_wrong_are_no_success():
+    bench, lines = Synthetic({"good": (0.4, 0.4, 0.0)}), []
     bench.scores = lambda recipe, split, n: np.zeros(n)
+    found = search(bench, Budget.parse(), QUICK, say=lines.append)
+    assert not found.met and found.kept is None and found.verdict.startswith("Nothing is proven")
+    assert "right on no sample of 1000" in found.verdict and any("right on none of the first 100" in s for s in lines)
+    bench.prove = Split([])
     assert "right on no sample" in search(bench, Budget.parse(), QUICK, say=quiet).verdict
+
+
+def test_exploring_that_takes_too_long_is_cut_and_said():
+    bench, memory = Synthetic(TABLE), {}
+    effort = replace(QUICK, strategy="random", patience=-1.0)
+    bench.recall = lambda key, value=None: memory.setdefault(key, value) if value else memory.get(key)
+    context_batch = strategies_module.BATCH
+    table = {f"m{i}": (0.4, 0.4, 0.0) for i in range(3 * context_batch)}
+    bench.table = table
+    found = search(bench, Budget.parse(), effort, say=quiet)
+    assert found.cut == context_batch and f"{context_batch} of {effort.recipes} recipes were tried" in found.verdict
+    assert to_report(found, model="m", data="d", conditions={})["space"]["cut"] == context_batch
+    again = search(bench, Budget.parse(), replace(effort, patience=1e9), say=quiet)
+    assert again.cut == found.cut  # a search that goes on from its log repeats it, whatever the clock says
+    assert [t.recipe for t in again.trials if t.delta] == [t.recipe for t in found.trials if t.delta]
+    memory.clear()
+    assert search(bench, Budget.parse(), replace(effort, patience=1e9), say=quiet).cut is None
+
+
+def test_the_verdict_says_what_no_recipe_reaches_and_what_is_possible_without_the_limit():
+    bench = Synthetic({"small": (1.0, 0.3, 0.0), "lossy": (0.8, 0.3, 0.5)})
+    real = bench.cost
+
+    def cost(recipe):
+        found = real(recipe)
+        parts = {"tower": 700.0, "connector": 40.0, "prefill": found.flops - 740, "decode": 0.0, "selection": 0.0}
+        return replace(found, parts={**parts, "weights": found.bytes, "cache": 0.0})
+
+    bench.cost = cost
+    found = search(bench, Budget.parse(flops="0.5x", bytes="0.5x"), QUICK, say=quiet)
+    assert found.binding == ["flops"]
+    assert "is 0.80x of dense, of which vision tower and connector are 0.74x, untouched." in found.verdict
+    assert "Without the limit on FLOPs, small is within the rest: +0.0 pt" in found.verdict
+
+
+def test_finalists_beyond_the_time_for_timing_or_that_cannot_be_timed_are_no_winners():
+    budget, table = Budget.parse(ttft="0.5x"), {"good": TABLE["good"], "fine": (0.46, 0.45, 0.0)}
+    bench, timed = Synthetic(table), []
+    real = bench.time
+    bench.time = lambda recipe: timed.append(recipe) or real(recipe)
+    found = search(bench, budget, replace(QUICK, timing=-1.0), say=quiet)
+    assert not timed and found.winner is None and any("not timed" in t.reason for t in found.trials)
+
+    def refuse(recipe):
+        raise UnsupportedError("that shape has other layers")
+
+    bench.time = refuse
+    found = search(bench, budget, QUICK, say=quiet)
+    assert found.winner is None and any("other layers" in t.reason for t in found.trials)
+    assert search(bench, Budget.parse(loss="2pt"), QUICK, say=quiet).met  # here times are for the report alone
+
+
+def test_absolute_times_prune_by_what_is_predicted():
+    bench = Synthetic({"fast": (0.3, 0.9, 0.0), "slow": (0.9, 0.9, 0.0)})
+    real, asked = bench.cost, []
+    bench.cost = lambda recipe: replace(real(recipe), hints={"ttft": real(recipe).flops / 1000})
+    bench.base = lambda axes: asked.append(list(axes)) or {"ttft_ms": 100.0}
+    found = search(bench, Budget.parse(ttft="40ms", loss="2pt"), QUICK, say=quiet)
+    assert asked == [["ttft"]] and found.met and found.winner.recipe == "fast"
+    assert [t.reason for t in found.trials if t.recipe == "slow"] == ["ttft 0.90x of dense by estimate"]
+    assert "slow" not in {recipe for recipe, _, _ in bench.asked}
 
 
 def test_nothing_held_back_is_not_a_proof():

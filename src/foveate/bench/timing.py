@@ -133,6 +133,8 @@ def _row(stage: str, real: Pairs, null: Pairs, seed: int) -> Row:
 
 
 def _repeats(timed: Timed, min_seconds: float) -> int:
+    if min_seconds <= 0:
+        return 1
     start = time.perf_counter()
     timed(0)
     return max(1, math.ceil(min_seconds / max(1e-6, time.perf_counter() - start)))

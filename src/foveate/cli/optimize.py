@@ -59,7 +59,9 @@ def add_parser(subparsers: Any) -> None:
     space.add_argument("--forbid", action="append", default=[], metavar="M", help="a method, or one of its settings")
     space.add_argument("--add", action="append", default=[], metavar="M", help="a setting to try as well")
     space.add_argument("--strategy", metavar="S", help=f"{', '.join(NAMES)} (default: {NAMES[0]})")
-    space.add_argument("--time-on", metavar="PRESET", help="time the finalists on this shape with random weights")
+    space.add_argument(
+        "--time-on", metavar="PRESET", help="time the finalists on this shape, random weights in bfloat16"
+    )
     parser.add_argument("--minutes", type=float, metavar="M", help="fit the number of questions to this time")
     parser.add_argument("-o", "--out", metavar="OUT", help="folder for model and report (default: <model>-optimized)")
     parser.add_argument("--quiet", action="store_true", help="no progress on stderr")

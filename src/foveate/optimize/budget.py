@@ -24,7 +24,7 @@ AXES = {
 """What can be limited, with the words used for it."""
 MEASURED = ("ttft", "tpot", "throughput")
 """Known only after measuring; all other axes are counted before anything runs."""
-HINTED = ("ttft", "tpot")
+HINTED = MEASURED
 """Measured for finalists; an estimate says beforehand which recipes are not worth it."""
 FLOORS = ("throughput",)
 """More is better: the limit is the least that is asked for."""
@@ -60,8 +60,8 @@ class Cost:
 
     flops: tower, connector, selection, prefill and decode. bytes: weights and cache held. tokens: visual tokens that
     reach the language model. size: bytes of the checkpoint's weights. memory: peak, with activations. ttft_ms, tpot_ms,
-    throughput (requests a second in batches): measured, None until then. hints: times against dense as a roofline
-    estimates them, by axis, where one is limited. parts: named shares of `flops` and `bytes`, for the report.
+    throughput (requests a second in batches): measured, None until then. hints: times and throughput against dense as a
+    roofline estimates them, by axis, where one is limited. parts: named shares of `flops` and `bytes`, for the report.
     """
 
     flops: float
@@ -160,13 +160,19 @@ class Budget:
         """The axes whose limit `cost` breaks."""
         return [axis for axis, ratio in self.overruns(cost, dense).items() if ratio > 1 + 1e-9]
 
-    def unlikely(self, cost: Cost) -> dict[str, float]:
-        """{axis: predicted time against dense} of the relative time limits which an estimate makes improbable: it sees
-        less than half of the saving that is asked for."""
+    def unlikely(self, cost: Cost, dense: Cost) -> dict[str, float]:
+        """{axis: predicted time against dense} of the limits on time which an estimate makes improbable: it sees less
+        than half of the saving that is asked for. A throughput counts as the time of one request. An absolute limit
+        says nothing until dense was timed."""
         found = {}
         for limit in self.limits:
-            hint = cost.hints.get(limit.axis)
-            if hint is not None and limit.relative and cost.get(limit.axis) is None and hint > (1 + limit.value) / 2:
+            hint, base = cost.hints.get(limit.axis), dense.get(limit.axis)
+            if hint is None or cost.get(limit.axis) is not None or not (limit.relative or base):
+                continue
+            asked = limit.value if limit.relative else limit.value / float(base or 1.0)
+            if limit.axis in FLOORS:
+                hint, asked = 1 / hint, 1 / asked
+            if hint > (1 + asked) / 2:
                 found[limit.axis] = hint
         return found
 

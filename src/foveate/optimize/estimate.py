@@ -28,12 +28,13 @@ class Estimator:
         self._dense = self._times("")
 
     def ratios(self, recipe: str) -> dict[str, float]:
-        """{"ttft", "tpot"}: predicted time of the recipe as a multiple of dense; {} when nothing can be said, because a
-        method of this model does not fit the shape that is timed."""
+        """{"ttft", "tpot", "throughput"}: predicted time of the recipe, or requests a second, as a multiple of dense;
+        {} when nothing can be said, because a method of this model does not fit the shape that is timed."""
         try:
-            return {axis: ms / self._dense[axis] for axis, ms in self._times(recipe).items()}
+            found = {axis: ms / self._dense[axis] for axis, ms in self._times(recipe).items()}
         except FoveateError:
             return {}
+        return {"ttft": found["ttft"], "tpot": found["tpot"], "throughput": 1 / found["total"]}
 
     def _times(self, recipe: str) -> dict[str, float]:
         parsed = Recipe.parse(recipe) if recipe else Recipe()
@@ -44,4 +45,4 @@ class Estimator:
         ms = costs.estimate(
             self._shape, self._request, self.device, dtype=self.dtype, effect=effect, stored=self._stored[key]
         )["ms"]
-        return {"ttft": ms["ttft"], "tpot": ms["decode"]}
+        return {"ttft": ms["ttft"], "tpot": ms["decode"], "total": ms["total"]}

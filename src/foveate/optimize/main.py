@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import foveate
 from foveate.errors import InputError
-from foveate.optimize.budget import HINTED, Budget
+from foveate.optimize.budget import Budget
 from foveate.optimize.result import FILES, check_out, to_report, write
 from foveate.optimize.run import Effort, search
 from foveate.optimize.samples import Split, splits
@@ -93,8 +93,7 @@ def optimize(
     study = _study(vlm, first, second, out, seed)
     if study.resumed:
         say(f"going on from the log of an earlier search, {study.path}")
-    hints = any(limit.relative and limit.axis in HINTED for limit in budget.limits)
-    choices = {"methods": methods, "pin": pin, "forbid": forbid, "add": add, "time_on": time_on, "hints": hints}
+    choices = {"methods": methods, "pin": pin, "forbid": forbid, "add": add, "time_on": time_on, "budget": budget}
     bench = ModelWorkbench(vlm, first, second, data=about, study=study, quiet=quiet, **choices)
 
     def told(line: str) -> None:

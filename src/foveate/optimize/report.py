@@ -189,7 +189,8 @@ def _timing(report: Row) -> str:
         for row in report["timing"]
     ]
     table = _table(["<recipe", "dense", "recipe", "ratio", "95 %", "pairs"], rows) if rows else ""
-    return _section("time", "Time to first token, measured", report["timing_text"], table)
+    where = next((f" Timed on {row['on']}." for row in report["timing"] if row.get("on")), "")
+    return _section("time", "Time to first token, measured", report["timing_text"] + where, table)
 
 
 def _pictures(pictures: Sequence[Picture]) -> str:

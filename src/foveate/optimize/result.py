@@ -148,6 +148,7 @@ def text(report: dict[str, Any]) -> str:
             last = ["", ""] if row["role"] == "dense" else delta(row)
             rows.append([name, *costs(row), f"{row['accuracy']:.3f}", *last])
         lines += [*_table(rows), ""]
+    lines += _times(report["timing"])
     lines += _warnings((report["quality"] or {}).get("skills") or {})
     if chosen is None and report["nearest"]:
         lines.append("Nearest:")
@@ -157,6 +158,20 @@ def text(report: dict[str, Any]) -> str:
         lines.append("")
     lines.append(report["verdict"])
     return "\n".join(lines)
+
+
+def _times(timing: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each recipe that was timed."""
+    lines = []
+    for row in timing:
+        said = [f"to first token {_ratio(row)}", *([f"per token {_ratio(row['tpot'])}"] if row.get("tpot") else [])]
+        where = f" on {row['on']}" if row.get("on") else ""
+        lines.append(f"time of {row['recipe']}{where}: {', '.join(said)} in {row['pairs']} pairs")
+    return [*lines, ""] if lines else []
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return f"{row['ratio']:.2f}x [{row['low']:.2f}, {row['high']:.2f}] of {amount('ttft', row['dense_ms'])}"
 
 
 def _warnings(skills: dict[str, dict[str, Any]]) -> list[str]:

@@ -12,20 +12,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from foveate.optimize.budget import AXES, FLOORS, MEASURED, Budget, Cost, amount, points
+from foveate.errors import RecipeError, UnsupportedError
+from foveate.optimize.budget import MEASURED, Budget, Cost, points
 from foveate.optimize.search import (
     Interval,
     Trial,
     binding,
     by_skill,
     choose,
-    fallen_skill,
     halve,
     loss_text,
     nearest,
     paired_interval,
 )
 from foveate.optimize.strategies import STRATEGIES, Context
+from foveate.optimize.verdict import explain, fallen, verdict
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -60,7 +61,11 @@ class Workbench(Protocol):
 
     def time(self, recipe: str) -> dict[str, Any]:
         """Time to first token of the recipe against dense, {"ms", "dense_ms", "ratio", "low", "high", "pairs", ...},
-        and the same under "tpot" for each further token."""
+        and the same under "tpot" for each further token. Raises RecipeError or UnsupportedError when the model that is
+        timed cannot take the recipe."""
+
+    def base(self, axes: Sequence[str]) -> dict[str, float]:
+        """{"ttft_ms", "tpot_ms", "throughput"} of the dense model, measured: those of `axes`."""
 
     def measure(self, recipe: str, axis: str) -> dict[str, float]:
         """{"value", "dense"} of "throughput" or "memory", measured."""
@@ -104,10 +109,12 @@ class Effort:
     "recipes that go on to the first round"
     rungs: tuple[tuple[int, int], ...] = ((160, 5), (512, 2))
     "rounds: questions in all, recipes that go on"
-    prove: int = 800
+    prove: int = 1600
     "held-back questions of the proof"
     timed: int = 1
-    "finalists that are timed"
+    "finalists that are timed where no time is limited"
+    timing: float = 60.0
+    "seconds of timing after which no further finalist is timed"
     patience: float = 120.0
     "seconds of work after which no further recipe is tried, which the report then says"
 
@@ -166,8 +173,14 @@ class Outcome:
     weighed: int = 0
     dropped_by: dict[str, int] = field(default_factory=dict)
     cut: int | None = None
+    right: float = 1.0
     interrupted: bool = False
     seconds: float = 0.0
+
+    @property
+    def blind(self) -> bool:
+        """Whether the dense model is right on no sample: then no loss can be seen, and nothing is proven."""
+        return not (self.compare[0]["accuracy"] if self.compare else self.right)
 
     @property
     def kept(self) -> Trial | None:
@@ -188,6 +201,10 @@ def search(
     effort = effort or Effort()
     start = time.monotonic()
     dense = bench.cost("")
+    absolute = [limit.axis for limit in budget.limits if limit.axis in MEASURED and not limit.relative]
+    if absolute:  # what is predicted is the ratio to dense
+        say("time of the dense model")
+        dense = replace(dense, **bench.base(absolute))
     space, refused = bench.space()
     found = Outcome(budget, dense, [], refused=refused, space=space.size)
     context = Context(bench, space, budget, dense, seed, samples=min(effort.explore, len(bench.choose)))
@@ -210,10 +227,9 @@ def search(
         found.nearest = nearest(found.trials, budget, found.dense)
     for trial in found.trials:
         if trial.status == "alive":
-            _explain(trial, found)
-    found.met = bool(
-        found.winner and found.proof and found.proof.mean >= -budget.max_loss - 1e-9 and not _fallen(found)
-    )
+            explain(trial, found)
+    within = found.winner and found.proof and found.proof.mean >= -budget.max_loss - 1e-9 and not fallen(found)
+    found.met = bool(within and not found.blind)
     found.verdict = verdict(found)
     if found.cut is not None:
         found.verdict += (
@@ -235,6 +251,9 @@ def explore(bench: Workbench, found: Outcome, context: Context, effort: Effort, 
     bench.stage(f"explore ({effort.strategy})", n * (effort.recipes + 1))
     start, cut = _clocks(), bench.recall("explored")
     dense = bench.scores("", "choose", n)
+    found.right = float(dense.mean())
+    if not dense.any():
+        say(f"the dense model is right on none of the first {n} questions: no loss can be seen on them")
 
     def attempt(recipe: str) -> None:
         trial = context.trial(recipe)
@@ -325,8 +344,21 @@ def _choose(bench: Workbench, found: Outcome, context: Context, effort: Effort, 
     # Without such a limit a recipe that meets the others is timed for the report only; if there is none, nothing is.
     first = choose(survivors, found.budget, found.dense)
     finalists = [first, *(t for t in survivors if t is not first)] if first else []
+    start = _clocks()
     for trial in finalists[: None if timed else effort.timed]:
-        _measure(bench, found, trial, timed, say)
+        reason = ""
+        if worked(start) > effort.timing:
+            reason = f"not timed: timing others took {effort.timing:g} s"
+        else:
+            try:
+                _measure(bench, found, trial, timed, say)
+            except (RecipeError, UnsupportedError) as error:
+                reason = f"cannot be timed: {error}"
+        if reason:
+            say(f"{trial.recipe}: {reason}")
+        if reason and timed:  # what a limit asks for is not known
+            trial.status, trial.reason = "rejected", reason
+            survivors.remove(trial)
     found.winner = choose(survivors, found.budget, found.dense)
 
 
@@ -417,81 +449,3 @@ def skill_table(
             "warning": warning,
         }
     return table
-
-
-def _fallen(found: Outcome) -> str:
-    """The skill whose proven loss is beyond the allowed one and beyond noise, or ""."""
-    limit = found.budget.max_skill_loss
-    if limit is None:
-        return ""
-    fallen = [name for name, row in found.skills.items() if row["delta"] < -limit - 1e-9 and row["high"] < 0]
-    return min(fallen, key=lambda name: found.skills[name]["delta"], default="")
-
-
-def _explain(trial: Trial, found: Outcome) -> None:
-    """The reason why a trial that was never dropped was not chosen."""
-    if trial.delta is None:
-        trial.status, trial.reason = "pruned", "not run: the search was interrupted"
-        return
-    trial.status = "rejected"
-    broken = found.budget.broken(trial.cost, found.dense)
-    if broken:
-        ratio = found.budget.overruns(trial.cost, found.dense)[broken[0]]
-        trial.reason = f"{broken[0]} {ratio:.2f} times the limit ({trial.delta.text()} against dense)"
-    elif trial.delta.mean < -found.budget.max_loss:
-        trial.reason = f"loses {points(-trial.delta.mean)} on {trial.delta.n} samples, more than allowed"
-    elif fallen := fallen_skill(trial, found.budget):
-        trial.reason = f"loses {points(-trial.skills[fallen].mean)} of the skill {fallen}, more than allowed"
-    else:
-        trial.reason = f"meets the budget ({trial.delta.text()}); the chosen one is cheaper or better"
-
-
-def verdict(found: Outcome) -> str:
-    """One sentence: what was found, and how sure it is."""
-    allowed = points(found.budget.max_loss)
-    if found.winner is None:
-        if found.interrupted:
-            return "Interrupted before any recipe met the budget; the model was not changed."
-        return f"No recipe meets the budget. {hindrance(found)} The model was not changed."
-    if found.proof is None:
-        why = "the search was interrupted before the proof" if found.interrupted else "there is no held-back sample"
-        return f"Best so far, not proven: {why}."
-    shown = f"{found.proof.text()} against dense on {found.proof.n} held-back samples"
-    if fallen := _fallen(found):
-        return f"Not met: {shown}, but the skill {fallen} loses {points(-found.skills[fallen]['delta'])}."
-    if found.met and found.compare and not found.compare[0]["accuracy"]:
-        return (
-            f"Budget met, but nothing is proven: the dense model is right on no sample of {found.proof.n}, so no loss "
-            "could be seen. Look at the answers in the data, and at --scorer."
-        )
-    if found.met and found.interrupted:
-        return f"Budget met: {shown}; interrupted before the naive choices were compared."
-    if found.proof.low >= -found.budget.max_loss:
-        return f"Budget met and proven: {shown}; even the lower end loses at most {allowed}."
-    if found.met:
-        return f"Budget met: {shown}. The loss is within {allowed}, but the interval reaches further."
-    noise = "beyond noise" if found.proof.high < -found.budget.max_loss else "though not beyond noise"
-    return f"Not met: {shown}, more than the {allowed} allowed, {noise}."
-
-
-def hindrance(found: Outcome) -> str:
-    """What stands in the way, with the nearest value that was seen."""
-    said = []
-    for name in found.binding:
-        if name == "loss":
-            within = [t for t in found.trials if t.delta and not found.budget.broken(t.cost, found.dense)]
-            best = max(within, key=lambda t: t.delta.mean if t.delta else -1.0, default=None)
-            if best and best.delta:
-                said.append(f"Loss: within the other limits the best recipe loses {loss_text(best.delta)}.")
-            continue
-        if name == "skill":
-            limit = points(found.budget.max_skill_loss or 0.0)
-            said.append(f"Skills: in every recipe that meets the rest some skill loses more than {limit}.")
-            continue
-        values = [value for t in found.trials if (value := t.cost.get(name)) is not None]
-        extreme, word = (max(values), "highest") if name in FLOORS else (min(values), "lowest")
-        base = found.dense.get(name)
-        shown = f"{extreme / base:.2f}x of dense" if base else amount(name, extreme)
-        seen = "that was measured" if name in MEASURED else "of all recipes weighed"
-        said.append(f"{AXES[name][0].upper()}{AXES[name][1:]}: the {word} {seen} is {shown}.")
-    return " ".join(said) or "Each limit can be met, but not all of them together."

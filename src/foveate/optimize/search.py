@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from foveate.optimize.budget import Budget, Cost, points
+from foveate.optimize.budget import FLOORS, Budget, Cost, points
 from foveate.tasks.stats import paired_bootstrap
 
 Z = 1.959964
@@ -140,13 +140,14 @@ def pruned(trial: Trial, budget: Budget, dense: Cost) -> bool:
     return True
 
 
-def improbable(trial: Trial, budget: Budget) -> bool:
+def improbable(trial: Trial, budget: Budget, dense: Cost) -> bool:
     """Whether an estimate makes a limit on time improbable; the trial then gets the status "pruned" and the reason."""
-    found = budget.unlikely(trial.cost)
+    found = budget.unlikely(trial.cost, dense)
     worst = max(found, key=found.__getitem__, default=None)
     if worst is None:
         return False
-    trial.status, trial.reason = "pruned", f"{worst} {found[worst]:.2f}x of dense by estimate"
+    shown = 1 / found[worst] if worst in FLOORS else found[worst]
+    trial.status, trial.reason = "pruned", f"{worst} {shown:.2f}x of dense by estimate"
     return True
 
 

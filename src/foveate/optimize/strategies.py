@@ -78,7 +78,7 @@ class Context:
     def fits(self, recipe: str) -> bool:
         """Whether no counted limit is broken, and none of time improbable."""
         cost = self.cost(recipe)
-        return self.front or not (self.budget.broken(cost, self.dense) or self.budget.unlikely(cost))
+        return self.front or not (self.budget.broken(cost, self.dense) or self.budget.unlikely(cost, self.dense))
 
     def relative(self, recipe: str) -> float:
         """Cost against dense, one number."""
@@ -142,16 +142,16 @@ class _Pooled:
         budget, dense, trials = context.budget, context.dense, [Trial(recipe, context.cost(recipe)) for recipe in every]
         broken = [trial for trial in trials if pruned(trial, budget, dense)]
         fitting = [trial for trial in trials if trial.status == "alive"]
-        slow = [trial for trial in fitting if improbable(trial, budget)]
+        slow = [trial for trial in fitting if improbable(trial, budget, dense)]
         if slow and len(slow) == len(fitting):  # an estimate alone is no reason to say that there is none
-            slow.sort(key=lambda t: (max(budget.unlikely(t.cost).values()), t.recipe))
+            slow.sort(key=lambda t: (max(budget.unlikely(t.cost, dense).values()), t.recipe))
             for trial in slow[: 2 * BATCH]:
                 trial.status, trial.reason = "alive", ""
             slow = slow[2 * BATCH :]
         chosen = [trial.recipe for trial in fitting if trial.status == "alive"]
         # The examples are those that come nearest: what the report can say about a limit hangs on them.
         broken.sort(key=lambda t: max(budget.overruns(t.cost, dense).values()))
-        slow.sort(key=lambda t: max(budget.unlikely(t.cost).values()))
+        slow.sort(key=lambda t: max(budget.unlikely(t.cost, dense).values()))
         context.weighed = len(trials)
         context.dropped = [*broken[: SHOWN - min(len(slow), SHOWN // 2)], *slow[: SHOWN // 2]]
         for trial in (*broken, *slow):
