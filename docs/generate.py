@@ -4,8 +4,8 @@
     python docs/generate.py --check    exit 1 when a file is stale, and name it
 
 Names: `help VERB` (the --help text), `file PATH` (a file of the repository), `fields MODULE:CLASS` (a table of a
-dataclass's fields, from the strings below them), `skills`, `kinds`, `methods`, `presets`, `curriculum RECIPE`, `flags VERB`
-(a table of a verb's options).
+dataclass's fields, from the strings below them), `flags VERB` (a table of a verb's options), `skills`, `kinds`,
+`methods`, `presets`, `curriculum RECIPE`.
 """
 
 from __future__ import annotations
