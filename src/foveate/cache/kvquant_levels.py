@@ -1,7 +1,8 @@
 """Bounds and levels of `kvquant`: fitted to keys and values, and kept in a safetensors file.
 
 Official code: SqueezeAILab/KVQuant @ 57a2383, which fits on 16 texts of 2048 tokens with each value weighted by its
-squared gradient. `fit_keys` and `fit_values` take such weights; `calibrate` has none.
+squared gradient of the loss on the text. `calibrate` does so with `weighted`, on the text of the prompts; images are
+seen, but not predicted.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from foveate.adapters.attention import Pass, unrotate
 from foveate.cache import nuq
 from foveate.cache.base import CacheMethod
 from foveate.disk import plain_errors
-from foveate.errors import CheckpointError, InputError, RecipeError
+from foveate.errors import CheckpointError, InputError, RecipeError, UnsupportedError
 from foveate.files import save_tensors
 
 if TYPE_CHECKING:
@@ -87,29 +88,71 @@ class LayerLevels:
             )
 
 
-def calibrate(method: KVQuant, vlm: VLM, requests: Sequence[Any], path: str | Path) -> list[LayerLevels]:
+def calibrate(
+    method: KVQuant, vlm: VLM, requests: Sequence[Any], path: str | Path, *, weighted: bool = False
+) -> list[LayerLevels]:
     """Fit bounds and levels to the prompts of `requests`, write them to the safetensors file `path`, and return them.
 
-    Use the file by `kvquant(bits=..., file="...")`. Keys and values of all prompts are held, in float32. Raises
-    InputError without requests, CheckpointError if the file cannot be written.
+    Use the file by `kvquant(bits=..., file="...")`. Keys and values of all prompts are held, in float32. weighted: each
+    value counts by its squared gradient of the loss on the prompts' text (twice the memory, a backward pass; reductions
+    of the recipe are left out). Raises InputError without requests, UnsupportedError for a model without `k_proj`
+    (weighted), CheckpointError if the file cannot be written.
     """
     if not requests:
         raise InputError("kvquant: no requests to calibrate on; give some that are like those to come")
-    seen: list[list[tuple[Tensor, Tensor]]] = []
+    found = []
+    for parts in (_weighed if weighted else _plain)(vlm, requests):
+        keys, values, *weights = (torch.cat([part[method.exact :] for part in each]) for each in zip(*parts))
+        how = method.bits, method.outliers, method.q_norm
+        by_key, by_value = weights or (None, None)
+        fitted = (*LayerLevels.fit_keys(keys, *how, by_key), *LayerLevels.fit_values(values, *how, by_value))
+        found.append(LayerLevels(*fitted))
+    tensors = {f"{i}.{f.name}": getattr(layer, f.name).clone() for i, layer in enumerate(found) for f in fields(layer)}
+    with plain_errors(path, Path(path).parent, "nothing was changed"):
+        save_tensors(Path(path), tensors, {"bits": str(method.bits)})
+    return found
+
+
+def _plain(vlm: VLM, requests: Sequence[Any]) -> list[tuple[tuple[Tensor, ...], ...]]:
+    """For each layer and request keys before the rotary embedding, and values: [T, C] float32 each."""
+    seen = []
     for request in requests:
         recording = _Recording()
         with recording.attach(vlm):
             vlm.logits(request)
         seen.append([layer.recorded for layer in recording.made[-1].layers])
-    found = []
-    for parts in zip(*seen):
-        keys, values = (torch.cat([part[which][method.exact :] for part in parts]) for which in (0, 1))
-        how = method.bits, method.outliers, method.q_norm
-        found.append(LayerLevels(*LayerLevels.fit_keys(keys, *how), *LayerLevels.fit_values(values, *how)))
-    tensors = {f"{i}.{f.name}": getattr(layer, f.name).clone() for i, layer in enumerate(found) for f in fields(layer)}
-    with plain_errors(path, Path(path).parent, "nothing was changed"):
-        save_tensors(Path(path), tensors, {"bits": str(method.bits)})
-    return found
+    return list(zip(*seen))
+
+
+def _weighed(vlm: VLM, requests: Sequence[Any]) -> list[list[tuple[Tensor, ...]]]:
+    """As `_plain`, and for each of both the squared gradients [T, C]."""
+    from foveate.weights.calibrate import Stream
+    from foveate.weights.gradients import gradients
+    from foveate.weights.samples import ANSWER, VISION, Example, modality_of
+
+    attention = vlm.adapter.layers[0].self_attn
+    if not hasattr(attention, "k_proj"):
+        raise UnsupportedError(f"kvquant: {type(attention).__name__} has no k_proj; calibrate without weighted=True")
+    names = ["self_attn.k_norm" if getattr(attention, "k_norm", None) is not None else "self_attn.k_proj"]
+    names.append("self_attn.v_proj")
+    examples = []
+    for number, request in enumerate(requests):
+        plan = vlm.plan(request.to_messages(), num_frames=request.num_frames)
+        kinds = modality_of(plan, vlm.adapter)
+        examples.append(Example(number, plan, torch.where(kinds == VISION, VISION, ANSWER)))
+    stream = Stream(vlm, "llm", (), examples, None)
+    stream.start()
+    seen: list[list[tuple[Tensor, ...]]] = [[] for _ in stream.calls[0].arguments]
+    for found in gradients(stream, lambda name, _: name in names):
+        made, weights = [], []
+        for name in names:
+            value, gradient = found.made[name].float().flatten(0, 1).flatten(1), found.outputs[name]
+            made.append(value)
+            weights.append(
+                torch.zeros_like(value) if gradient is None else gradient.float().square().reshape(value.shape)
+            )
+        seen[found.index].append((*made, *weights))
+    return seen
 
 
 def read_levels(path: str, bits: int) -> list[LayerLevels]:

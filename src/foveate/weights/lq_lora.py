@@ -4,7 +4,9 @@ most.
 Source: Guo et al., LQ-LoRA (arXiv 2311.12023), read in HanGuo97/lq-lora @ c2424b3. Departures:
 - The alternation stops when the error rises and keeps the best pair it has met; the code returns the one after it.
 - Decompositions are exact (the code draws random projections).
-- Weights of the error come from the inputs of a layer (`weighted`), not from gradients; `decompose` takes either.
+- Of the squared gradients of a weight only the means of its rows and columns are kept (`by=gradients`). They weigh
+  the decomposition as in the paper; the error that ends the alternation is weighted by their product. `by=inputs`
+  takes the mean squares of a layer's inputs instead, which needs no backward pass.
 - The allocation is solved by dynamic programming on a grid of bits, exact up to that grid, instead of by Gurobi.
 """
 
@@ -18,14 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import BudgetError, RecipeError
+from foveate.errors import BudgetError, RecipeError, UnsupportedError
 from foveate.weights.base import CalibratedMethod
+from foveate.weights.gradients import gradients
 from foveate.weights.lowrank import LowRankLinear, empty_low_rank, svd_low_rank
 from foveate.weights.normal_float import NormalFloatLinear, bits_per_weight, rounded
 
 if TYPE_CHECKING:
     from foveate.vlm import VLM
-    from foveate.weights.calibrate import Block
+    from foveate.weights.calibrate import Block, Stream
 
 CHOICES = tuple((bits, block) for bits in (2, 3, 4, 8) for block in (16, 32, 64))
 """(bits, values a scale) that a budget is spent on."""
@@ -74,6 +77,29 @@ def decompose(
     return *best, used
 
 
+def fisher_means(stream: Stream) -> list[dict[str, list[list[float]]]]:
+    """For each block and layer the means over rows [O] and columns [I] of the squared gradients of its weight, summed
+    over samples; each divided by its mean. Layers whose gradient is 0 are left out."""
+    sums: list[dict[str, list[Tensor]]] = [{} for _ in stream.calls[0].arguments]
+    for found in gradients(stream, weights=lambda _, module: type(module) is nn.Linear):
+        for name, gradient in found.weights.items():
+            if gradient is not None:
+                square = gradient.float().square()
+                means = [square.mean(dim=d).double() for d in (1, 0)]
+                old = sums[found.index].get(name)
+                sums[found.index][name] = means if old is None else [a + b for a, b in zip(old, means)]
+    if not any(sums):
+        raise UnsupportedError("lq_lora: no calibration sample has an answer; give calib= such data, or by=inputs")
+    return [
+        {
+            name: [(part / part.mean()).tolist() for part in means]
+            for name, means in each.items()
+            if bool(means[0].any())
+        }
+        for each in sums
+    ]
+
+
 def allocate(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], budget: float) -> list[int]:
     """The choice for each layer with the least total cost whose sizes fit the budget.
 
@@ -107,7 +133,8 @@ class LQLoRA(CalibratedMethod):
     """rank: of the low-rank part. bits: of the other part, in blocks of `block` values that share a scale. rounds: of
     the alternation. plan: other bits and blocks for layers of some names, "down_proj=2/32"; `with_budget` makes one.
 
-    weighted: errors count by the mean square of a layer's inputs; false: all alike, and no data is needed.
+    weighted: errors count by the squared gradients of the loss on the answers (by=gradients) or by the mean squares of
+    a layer's inputs (by=inputs); false: all alike, and no data is needed. Gradients exist in the language model only.
     """
 
     rank: int = 64
@@ -115,6 +142,7 @@ class LQLoRA(CalibratedMethod):
     block: int = 64
     rounds: int = 100
     weighted: bool = True
+    by: Literal["gradients", "inputs"] = "gradients"
     plan: tuple[str, ...] = ()
 
     name: ClassVar[str] = "lq_lora"
@@ -129,14 +157,22 @@ class LQLoRA(CalibratedMethod):
             if getattr(self, name) < 1:
                 raise RecipeError(f"lq_lora: {name} is {getattr(self, name)}; give 1 or more")
         _parsed(self.plan)
+        if self.weighted and self.by == "gradients" and self.parts != ("llm",):
+            raise RecipeError("lq_lora: gradients are taken in llm only; give by=inputs or weighted=false")
 
     @property
     def kinds(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("norm",) if self.weighted else ()
+        return ("norm",) if self.weighted and self.by == "inputs" else ()
 
     @property
     def needs_data(self) -> bool:  # type: ignore[override]
         return self.weighted
+
+    def survey(self, stream: Stream) -> Any:
+        """For each block the `fisher_means` of the layers."""
+        if not self.weighted or self.by != "gradients":
+            return None
+        return fisher_means(stream)
 
     def choice(self, name: str) -> tuple[int, int]:
         """(bits, values a scale) of the layer `name`."""
@@ -163,13 +199,26 @@ class LQLoRA(CalibratedMethod):
         for name, linear in block.linears(self).items():
             bits, size = self.choice(name)
             dense = linear.weight.detach()
-            found = block.statistics.get(name) if self.weighted else None
-            fisher = None if found is None else (found.norm / found.norm.mean()).expand(linear.out_features, -1)
+            fisher = self._importance(block, name, linear)
             _, left, right, _ = decompose(dense, self.rank, bits, block=size, fisher=fisher, rounds=self.rounds)
             left, right = left.to(dense.dtype), right.to(dense.dtype)
             rest = dense.float() - left.float() @ right.float()
             base = NormalFloatLinear.of(linear, rest, bits, size, OUTER)
             block.replace(name, LowRankLinear(base, right, left))
+
+    def _importance(self, block: Block, name: str, linear: nn.Linear) -> Tensor | None:
+        """[O, I] of mean about 1; None for a layer of which nothing is known."""
+        if not self.weighted:
+            return None
+        if self.by == "inputs":
+            found = block.statistics.get(name)
+            return None if found is None else (found.norm / found.norm.mean()).expand(linear.out_features, -1)
+        surveyed = block.survey_of(self)
+        means = surveyed[block.index].get(name) if block.index < len(surveyed) else None
+        if means is None:
+            return None
+        rows, columns = (torch.tensor(part, device=linear.weight.device) for part in means)
+        return rows[:, None] * columns
 
     def with_budget(self, vlm: VLM, bits: float) -> LQLoRA:
         """This method with a plan: so many bits a weight, scales included, where they lower the error most.

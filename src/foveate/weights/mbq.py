@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from foveate.errors import RecipeError, UnsupportedError
 from foveate.weights.awq import ScaleSearch
+from foveate.weights.gradients import gradients
 from foveate.weights.grids import absmax_round, awq_grid, quantize_groups
 from foveate.weights.linear import QuantizedLinear, empty_quantized
 from foveate.weights.samples import ANSWER, VISION
@@ -26,6 +27,7 @@ from foveate.weights.structure import Group, module_of, scale_
 if TYPE_CHECKING:
     from foveate.vlm import VLM
     from foveate.weights.calibrate import Block, Stream
+    from foveate.weights.recording import Call
 
 ATTENTION_OUTPUTS = ("o_proj", "out_proj", "wo")
 MLP_OUTPUTS = ("down_proj", "fc2", "w2")
@@ -149,70 +151,27 @@ class MBQ(ScaleSearch):
 
 
 def sensitivity(stream: Stream) -> list[tuple[float, float]]:
-    """For each block the ratio of mean |dL/dy| of vision tokens to answers, at attention's and the MLP's output.
-
-    L is the language model's loss on the answers; every block runs twice per sample, once forward and once with
-    gradients, and only its own activations are kept.
-    """
-    blocks = len(stream.calls[0].arguments)
-    sums = torch.zeros(blocks, 2, 2, dtype=torch.float64)  # [block, attention or mlp, vision or answer]
-    used = 0
-    for number, call in enumerate(stream.calls):
-        modality = call.modality
-        assert modality is not None
-        labels = torch.as_tensor(stream.example(call).plan.input_ids)
-        if not bool((modality == VISION).any()) or not bool((modality == ANSWER).any()):
-            continue
-        used += 1
-        inputs = [stream.hidden(number).detach()]
-        with torch.no_grad():
-            for index in range(blocks):
-                inputs.append(stream.advance(number, index, inputs[-1]))
-        with torch.enable_grad():
-            last = inputs.pop().requires_grad_()
-            gradient = torch.autograd.grad(answer_loss(stream.adapter.head(last), labels, modality), last)[0]
-        for index in reversed(range(blocks)):
-            gradient, means = block_gradient(stream, number, index, inputs[index], gradient, modality)
-            sums[index] += means
-    if not used:
+    """For each block the ratio of mean |dL/dy| of vision tokens to answers, at attention's and the MLP's output; L is
+    the language model's loss on the answers."""
+    sums = torch.zeros(len(stream.calls[0].arguments), 2, 2, dtype=torch.float64)  # [block, place, vision or answer]
+    for found in gradients(stream, lambda name, _: _place(name) is not None, use=_has_both):
+        for name, gradient in found.outputs.items():
+            if gradient is not None:
+                sums[found.index, _place(name)] += modality_means(gradient, found.call.modality)
+    if not bool(sums.any()):
         raise UnsupportedError("mbq: no calibration sample has both vision tokens and an answer; give calib= such data")
     ratios = sums[..., 0] / sums[..., 1].clamp(min=1e-30)
     return [(float(attention), float(mlp)) for attention, mlp in ratios]
 
 
-def answer_loss(logits: Tensor, ids: Tensor, modality: Tensor) -> Tensor:
-    """Mean cross-entropy of the answer tokens, each predicted from the position before. logits: [1, T, V]; ids: [T]."""
-    wanted = (modality == ANSWER).nonzero()[:, 0]
-    wanted = wanted[wanted > 0].to(logits.device)
-    return nn.functional.cross_entropy(logits[0, wanted - 1].float(), ids.to(logits.device)[wanted])
+def _place(name: str) -> int | None:
+    """0 for the projection that ends attention, 1 for the one that ends the MLP."""
+    leaf = name.rpartition(".")[2]
+    return 0 if leaf in ATTENTION_OUTPUTS else 1 if leaf in MLP_OUTPUTS else None
 
 
-def block_gradient(
-    stream: Stream, call: int, index: int, hidden: Tensor, gradient: Tensor, modality: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The loss's gradient at the block's input, and [attention or mlp, vision or answer] means of |gradient|."""
-    _, owner, attribute = stream.places[index]
-    outputs: dict[int, Tensor] = {}
-    handles = []
-    for name, module in getattr(owner, attribute).named_modules():
-        leaf = name.rpartition(".")[2]
-        which = 0 if leaf in ATTENTION_OUTPUTS else 1 if leaf in MLP_OUTPUTS else None
-        if which is not None:
-            handles.append(module.register_forward_hook(lambda m, a, out, w=which: outputs.__setitem__(w, out)))
-    try:
-        with torch.enable_grad():
-            start = hidden.clone().requires_grad_()
-            out = stream.advance(call, index, start)
-            wanted = [outputs[which] for which in sorted(outputs)]
-            found = torch.autograd.grad(out, [start, *wanted], gradient, allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-    means = torch.zeros(2, 2, dtype=torch.float64)
-    for which, value in zip(sorted(outputs), found[1:]):
-        if value is not None:
-            means[which] = modality_means(value, modality)
-    return found[0], means
+def _has_both(call: Call) -> bool:
+    return bool((call.modality == VISION).any()) and bool((call.modality == ANSWER).any())
 
 
 def modality_means(gradient: Tensor, modality: Tensor) -> Tensor:
