@@ -47,6 +47,7 @@ CALIBRATED = [
     "smoothquant(samples=3)",
     "mbq(samples=3, group=16)",
     "mbq(samples=3, bits=4, act_bits=8)",
+    "mbq(samples=3, group=16, distort=true)",
 ]
 
 
@@ -256,6 +257,41 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(tiny):
     assert 0 < found[0][0] < 1
 
 
+def test_a_distorted_trial_is_measured_against_the_dense_model(tiny, monkeypatch):
+    """Of the last block: inputs are what the compressed blocks before it give, targets what the dense model does."""
+    import foveate.weights.mbq as mbq
+
+    real, seen = mbq.output_loss, []
+
+    def keep(block, group, records, *args):
+        if block.index == len(tiny.adapter.layers) - 1 and not seen:
+            seen.append((group.inspect, records, args[-1]))
+        return real(block, group, records, *args)
+
+    monkeypatch.setattr(mbq, "output_loss", keep)
+    made = apply(tiny, "mbq(group=16, samples=2, bits=2, distort=true)")
+    assert made.recipe.text() == "mbq(bits=2, group=16, samples=2, distort=true)"
+    ((inspect, records, targets),) = seen
+    examples = draw_examples(tiny, "auto", 2, 512, 0)
+    last = len(tiny.adapter.layers) - 1
+    for vlm, found in ((made, [kwargs["hidden_states"] for _, kwargs, _ in records]), (tiny, targets)):
+        stream = Stream(vlm, "llm", (), examples, None)
+        stream.start()
+        for number, value in enumerate(found):
+            state = stream.hidden(number)
+            for index in range(last):
+                state = stream.advance(number, index, state)
+            layer = vlm.adapter.layers[last]
+            if vlm is made:  # its norm has been scaled since, so that of the dense model is asked
+                wanted = tiny.adapter.layers[last].input_layernorm(state)
+            else:
+                args, kwargs = stream.calls[number].arguments[last]
+                wanted = layer.get_submodule(inspect)(layer.input_layernorm(state), *args, **kwargs)[0]
+            torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-5)
+    plain = apply(tiny, "mbq(group=16, samples=2, bits=2)")
+    assert not torch.equal(plain.logits(REQUEST), made.logits(REQUEST))
+
+
 def test_statistics_are_those_of_all_tokens_together():
     x = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
     found = Statistics(("hessian", "max", "mean"))
@@ -325,8 +361,15 @@ def test_no_more_than_one_block_is_worked_on_at_a_time(tiny, monkeypatch):
     assert most[0] == 1
 
 
-def test_a_crash_resumes_at_its_block(tiny, tmp_path, monkeypatch, caplog):
-    text = "smoothquant(parts=[vision_tower], samples=2) + owl(sparsity=0.5, samples=2) + gptq(group=16, samples=2)"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "smoothquant(parts=[vision_tower], samples=2) + owl(sparsity=0.5, samples=2) + gptq(group=16, samples=2)",
+        "mbq(group=16, samples=2, distort=true)",
+        "lq_lora(rank=4, samples=2)",
+    ],
+)
+def test_a_crash_resumes_at_its_block(tiny, tmp_path, monkeypatch, caplog, text):
     whole = apply(tiny, text)
     state = tmp_path / "state"
     real, done = calibrate.Stream._compress, []

@@ -145,8 +145,13 @@ class Block:
         return [(name, self.module.get_submodule(name) if name else self.module) for name in self.original]
 
     @torch.no_grad()
-    def record(self, modules: dict[str, nn.Module]) -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]]:
-        """(args, kwargs, output) of each call of each of `modules` while all samples pass; one entry per sample."""
+    def record(
+        self, modules: dict[str, nn.Module], dense: bool = False
+    ) -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]]:
+        """(args, kwargs, output) of each call of each of `modules` while all samples pass; one entry per sample.
+
+        dense: samples as the dense blocks before would hand them over (where a method is `distort`).
+        """
         seen: dict[str, list[tuple[tuple[Any, ...], dict[str, Any], Tensor]]] = {name: [] for name in modules}
 
         def hook(name: str) -> Any:
@@ -158,7 +163,7 @@ class Block:
         handles = [m.register_forward_hook(hook(name), with_kwargs=True) for name, m in modules.items()]
         try:
             for number in range(len(self.calls)):
-                self.run(number)
+                self.run(number, self.stream.dense_hidden(number) if dense else None)
         finally:
             for handle in handles:
                 handle.remove()
@@ -184,6 +189,9 @@ class Stream:
         self.places = [p for p in places if p[2].isdigit() or any(p[2] not in m.skip for m in methods)]
         self.groups: dict[Any, Any] = {}
         """Scale groups that were found in a block of the same form (see `foveate.weights.structure`)."""
+        self.twice = any(getattr(m, "distort", False) for m in methods)
+        """Whether what dense blocks would give is kept beside what compressed ones do: under the calls' numbers from
+        the number of calls on."""
         self.tokens = next((m.tokens for m in methods if isinstance(m, CalibratedMethod)), "all")
         self.surveys: dict[int, Any] = {}
         self.calls: list[Call] = []
@@ -197,6 +205,10 @@ class Stream:
         found = self.state.hidden(self.part, call) if self.state else self._hidden[call]
         return found.to(self.device)
 
+    def dense_hidden(self, call: int) -> Tensor:
+        """As `hidden`, had no block before been changed."""
+        return self.hidden(len(self.calls) + call) if self.twice else self.hidden(call)
+
     @torch.no_grad()
     def start(self) -> None:
         """Record how the samples reach the blocks."""
@@ -209,7 +221,7 @@ class Stream:
                 else "there is no calibration sample for the language model"
             )
         if self.chained and (self.state is None or self.state.next_block(self.part) == 0):
-            self._keep(first, 0)
+            self._keep(first * 2 if self.twice else first, 0)
 
     def _keep(self, hidden: list[Tensor], index: int) -> None:
         if self.state:
@@ -265,7 +277,7 @@ class Stream:
         else:
             self._survey()
         kinds = {kind for m in self.methods if isinstance(m, CalibratedMethod) for kind in m.kinds}
-        sequential = any(m.sequential for m in self.methods if isinstance(m, CalibratedMethod))
+        sequential = self.twice or any(m.sequential for m in self.methods if isinstance(m, CalibratedMethod))
         ran, idle = len(self.calls[0].arguments), 0
         with progress(f"compress {self.part}: block", len(self.places), quiet=quiet) as bar:
             for index in range(first, len(self.places)):
@@ -297,13 +309,17 @@ class Stream:
         for _, out in block.collect(kinds):
             if going and not sequential:
                 dense.append(out)
+        calls, beside = range(len(self.calls)), []
+        if going and self.twice:
+            with torch.no_grad():
+                beside = [block.run(number, self.dense_hidden(number)) for number in calls]
         self._compress(block)
         if not going:
             return []
         if sequential:
             with torch.no_grad():
-                dense = [block.run(number) for number in range(len(self.calls))]
-        return [self._added(call, block.index + 1, out) for call, out in enumerate(dense)]
+                dense = [block.run(number) for number in calls]
+        return [self._added(call, block.index + 1, out) for outs in (dense, beside) for call, out in enumerate(outs)]
 
     def _compress(self, block: Block) -> None:
         for method in self.methods:

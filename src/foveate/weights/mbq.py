@@ -1,8 +1,9 @@
 """`mbq`: AWQ's search with a loss that weighs vision tokens against answers by how much the model's loss feels them.
 
 Source: MBQ, arXiv 2412.19509, read in thu-nics/MBQ @ a4d460d. Departures: gradients are taken block by block, so that
-one block's activations exist at a time; samples are those of `calib` (the paper: image captions); `sequential=true`
-feeds both the target and the trial with what earlier blocks have become (the code's `distort` keeps the dense target).
+one block's activations exist at a time; samples are those of `calib` (the paper: image captions). `distort` is the
+code's: the target is what the dense model gives, the trial gets what earlier blocks have become. `sequential` feeds
+both with the latter.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class MBQ(ScaleSearch):
     """Weights in `bits` bits per `group` inputs, or with act_bits=8 weights per output and inputs per token.
 
     loss: what is summed; reweight=false: all tokens alike. rho: a fixed weight of vision tokens instead of the measured
-    ratio of gradients.
+    ratio of gradients. distort: measure what earlier, rounded blocks hand over against the output of the dense model.
     """
 
     bits: Literal[2, 3, 4, 8] = 3
@@ -79,6 +80,7 @@ class MBQ(ScaleSearch):
     loss: Literal["mae", "mse"] = "mae"
     reweight: bool = True
     rho: float | None = None
+    distort: bool = False
 
     name: ClassVar[str] = "mbq"
     summary: ClassVar[str] = "AWQ balanced between vision and text by gradients, W3 or W4A8; size only, not speed"
@@ -117,7 +119,9 @@ class MBQ(ScaleSearch):
         return [list(pair) for pair in zip(floored([a for a, _ in found]), floored([m for _, m in found]))]
 
     def search_group(self, block: Block, group: Group) -> Found:
-        records = block.record({"it": module_of(block, group.inspect)})["it"]
+        module = {"it": module_of(block, group.inspect)}
+        records = block.record(module)["it"]
+        targets = [output for _, _, output in block.record(module, dense=True)["it"]] if self.distort else None
         modality = [call.modality for call in block.calls]
         mean = block.statistics[group.layers[0]].absmean  # type: ignore[union-attr]
         rho = self._rho(block, group)
@@ -129,7 +133,7 @@ class MBQ(ScaleSearch):
             return balanced_loss(targets, outputs, modality, rho, self.loss)  # type: ignore[arg-type]
 
         act = (lambda x: absmax_round(x, self.act_bits)) if self.act_bits else None
-        return search(mean, output_loss(block, group, records, rounded, measure, act))
+        return search(mean, output_loss(block, group, records, rounded, measure, act, targets))
 
     def _rho(self, block: Block, group: Group) -> float | None:
         if not self.reweight:

@@ -59,13 +59,15 @@ def output_loss(
     quantize: Callable[[Tensor], Tensor],
     measure: Callable[[list[Tensor], list[Tensor]], float],
     act: Callable[[Tensor], Tensor] | None = None,
+    targets: list[Tensor] | None = None,
 ) -> Callable[[Tensor], float]:
     """What a scale costs: the inspected module with Q(W s) / s in its layers, measured against its dense output.
 
     quantize: fake quantization of a weight. act: fake quantization of the layers' inputs, after division by the scale.
+    targets: other outputs to measure against.
     """
     layers = {name: module_of(block, name) for name in group.layers}
-    targets = [record[2] for record in records]
+    targets = [record[2] for record in records] if targets is None else targets
 
     def loss(scale: Tensor) -> float:
         handles = []
