@@ -12,11 +12,11 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from foveate.weights import pruning
+from foveate.weights import gradients, pruning
 from foveate.weights.awq import AWQ
 from foveate.weights.calibrate import Block
 from foveate.weights.grids import absmax_round, awq_grid, gptq_grid, quantize_groups
-from foveate.weights.mbq import MBQ
+from foveate.weights.mbq import MBQ, modality_means, sensitivity
 from foveate.weights.recording import Call
 from foveate.weights.samples import ANSWER, TEXT, VISION
 from foveate.weights.scaling import clip, fake, search, search_clip
@@ -356,3 +356,57 @@ def test_golden_compress_mbq(case: Case):
         rho=params["vision_weight"],
     )
     check_search(case, method, modality)
+
+
+class SensitivityBlock(nn.Module):
+    """What `sens` was computed with: each token takes in half the mean of those before it, then two residual layers."""
+
+    def __init__(self, attention: torch.Tensor, mlp: torch.Tensor) -> None:
+        super().__init__()
+        for name, weight in (("o_proj", attention), ("down_proj", mlp)):
+            setattr(self, name, nn.Linear(*weight.shape[::-1], bias=False))
+            getattr(self, name).weight.data = weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        count = torch.arange(1, hidden.shape[1] + 1)[:, None]
+        hidden = hidden + 0.5 * hidden.cumsum(dim=1) / count
+        hidden = hidden + self.o_proj(hidden)
+        return hidden + self.down_proj(nn.functional.silu(hidden))
+
+
+@pytest.mark.parametrize("case", [c for c in MBQ_CASES if "target" in c.ins], ids=lambda case: case.name)
+def test_golden_compress_mbq_sensitivity(case: Case, monkeypatch: pytest.MonkeyPatch):
+    """Gradients at both outputs of every block; the loss is the squared error of the answers, divided by samples."""
+    x, target, vision, answer = (case.ins[name] for name in ("x", "target", "vis", "cap"))
+    samples, depth = len(x), sum(name.endswith("o_proj.weight") and name.startswith("W.") for name in case.ins)
+    weights = [[case.ins[f"W.{i}.{name}.weight"] for name in ("o_proj", "down_proj")] for i in range(depth)]
+    blocks = nn.ModuleList(SensitivityBlock(*pair) for pair in weights).requires_grad_(False)
+    modality = torch.where(vision, VISION, torch.where(answer, ANSWER, TEXT))
+
+    def loss(hidden: torch.Tensor, ids: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+        number = int(ids[0])
+        return (hidden[0] - target[number])[answer[number]].square().mean() / samples
+
+    monkeypatch.setattr(gradients, "answer_loss", loss)
+    stream = SimpleNamespace(
+        calls=[Call(n, modality[n], [((), {})] * depth) for n in range(samples)],
+        places=[("", blocks, str(index)) for index in range(depth)],
+        adapter=SimpleNamespace(head=lambda hidden: hidden),
+        hidden=lambda n: x[n : n + 1],
+        advance=lambda n, index, hidden: blocks[index](hidden),
+        example=lambda call: SimpleNamespace(plan=SimpleNamespace(input_ids=[call.example])),
+    )
+    means: dict[str, torch.Tensor] = {}
+    for found in gradients.gradients(stream, lambda name, _: bool(name)):
+        for name, gradient in found.outputs.items():
+            key = f"layers.{found.index}.{name}"
+            means[key] = means.get(key, 0) + modality_means(gradient, found.call.modality) / samples
+    expected = {key.partition(".")[2] for key in case.outs}
+    assert expected == set(means)
+    for key, pair in means.items():
+        wanted = [float(case.outs[f"{kind}_grad.{key}"]) for kind in ("vis", "cap")]
+        assert pair.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-12)
+    for index, ratios in enumerate(sensitivity(stream)):
+        for name, ratio in zip(("o_proj", "down_proj"), ratios):
+            seen = [float(case.outs[f"{kind}_grad.layers.{index}.{name}"]) for kind in ("vis", "cap")]
+            assert ratio == pytest.approx(seen[0] / seen[1], rel=1e-4)

@@ -133,10 +133,14 @@ def test_levels_weighted_by_gradients(tmp_path, family):
         return float((by[found] * (inner[found] - levels[nuq.nearest(inner[found], levels).long()]) ** 2).sum())
 
     assert error(other[0].key_levels) < error(one[0].key_levels)
-    vlm.adapter.layers[0].self_attn.k_proj = None
-    del vlm.adapter.layers[0].self_attn.k_proj
+
+
+def test_weights_of_keys_need_their_projection(tmp_path, monkeypatch):
+    vlm = families.tiny("llava")
+    attention = vlm.adapter.layers[0].self_attn
+    monkeypatch.setattr(attention, "_modules", {n: m for n, m in attention._modules.items() if n != "k_proj"})
     with pytest.raises(UnsupportedError, match="has no k_proj"):
-        kvquant_levels.calibrate(KVQuant(bits=2), vlm, requests, tmp_path / "levels", weighted=True)
+        kvquant_levels.calibrate(KVQuant(bits=2), vlm, [Request("what?")], tmp_path / "levels", weighted=True)
 
 
 def test_gradients_are_taken_where_there_are_any(blind):
