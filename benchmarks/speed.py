@@ -1,17 +1,22 @@
-"""What every reduction costs and saves on a model of published shape: selection, prefill, time to the first token.
+"""What every reduction costs and saves on models of published shape: selection, prefill, time to the first token.
 
-    python benchmarks/speed.py --preset llava-onevision-0.5b --dtype bfloat16 --out benchmarks/results/speed.json
+    taskset -c 0 python benchmarks/speed.py                         the whole table, about 25 minutes on a quiet core
+    python benchmarks/speed.py --presets smolvlm-256m:1f,1024x768 --minutes 5 --resume
 
-A round runs the dense request twice (the second tells the noise) and every recipe once, in random order; ratios are
-taken inside a round. The tower runs once for each set of signals that methods ask for, and its features are used in all
-rounds: its own time is the same for all, and what signals cost is charged to the methods that ask for them. Rounds of a
-busy machine are dropped whole and counted. Weights are random, so what is chosen has no meaning, what it costs has.
+A round runs every recipe once, in random order, and a dense request before and after each few of them. Ratios are to
+the mean of the two dense requests around; those against each other tell the noise. The tower runs ahead of the rounds,
+and its features are used in all of them: its own time is the same for all, and each signal is charged to the methods
+that ask for it. Rounds of a busy machine are dropped whole and counted. Weights are random, so what is chosen has no
+meaning, what it costs has. Each size gets an equal share of the minutes that are left; what does not fit is left out
+and named in the file, and `--resume` takes what the file does not hold yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import random
 import time
 from dataclasses import replace
@@ -22,10 +27,11 @@ import numpy as np
 import torch
 from common import run_header, write_json
 from curves import bars
+from tables import BEYOND, SELECTION, counted
 
 import foveate
+from foveate.adapters.base import COMMON_SIGNALS
 from foveate.adapters.shape import INSIDE, steps_of
-from foveate.adapters.tower import CLS_SIGNALS, PATCH_SIGNALS
 from foveate.bench import cost
 from foveate.bench.breakeven import Point, crossing
 from foveate.bench.memory import Job, peak
@@ -44,6 +50,18 @@ from foveate.tasks.stats import median_interval
 SEED = 20261127
 PROMPT = "What is written on the sign above the door, and how many people stand under it?"
 PEAKS = ("", "uniform(keep=0.25)", "fastv(keep=0.25)", "visionzip(keep=0.25)")
+TABLE = (
+    "smolvlm-256m:1f,1024x768",
+    "internvl2.5-1b:448x448,768x384",
+    "llava-onevision-0.5b:1f,4f,384x64,768x384",
+    "nvila-lite-2b:384x64",
+)
+"""Presets and sizes of the committed table: one small size for the break-even point, one or more of 700 to 3,000 visual
+tokens, cheap ones first, so that the time they leave over goes to the others."""
+SLOW_TOWER = 10_000
+"""Milliseconds above which the tower runs once and not twice."""
+NEAR = 9
+"""Recipes between two dense requests."""
 
 
 def loads(text: str) -> list[Load]:
@@ -59,45 +77,47 @@ def loads(text: str) -> list[Load]:
 
 
 class Bench:
-    """One model and one request."""
+    """One model and one request. signals: those of the tower that the recipes to come ask for."""
 
-    def __init__(self, vlm: foveate.VLM, load: Load) -> None:
+    def __init__(self, vlm: foveate.VLM, load: Load, signals: set[str]) -> None:
         self.vlm, self.adapter = vlm, vlm.adapter
         content = [*media_parts(load.media(SEED)[:1]), {"type": "text", "text": load.prompt}]
         clock = Clock(vlm.device, extra=(OPENING,))
         with clock.stage("preprocess"):
             self.plan = vlm.plan([{"role": "user", "content": content}], num_frames=load.frames)
             self.inputs = vlm.prepare(self.plan)
-        self.before = clock.ms[OPENING] + clock.ms["preprocess"]
-        self.tower: list[float] = []
-        self.known: dict[Any, tuple[Any, float]] = {}
+        self.before = {"decode_image_ms": clock.ms[OPENING], "preprocess_ms": clock.ms["preprocess"]}
         self.visual = len(self.adapter.layout(self.plan).features())
-        self.encoded(())
         self.text = self.plan.num_tokens - self.visual
+        passes: list[Clock] = []
+        self.known: dict[str, Any] = {}
+        while len(passes) < (1 if passes and passes[0].ms["encode"] > SLOW_TOWER else 2):
+            passes.append(Clock(vlm.device))
+            with passes[-1].stage("encode"):
+                (self.known["post_projector"],) = self.adapter.encode([self.inputs], [self.plan], signals)
+        self.tower = min(clock.ms["encode"] for clock in passes)
+        self.spent = {name: min(clock.parts[name] for clock in passes) for name in passes[0].parts}
 
-    def encoded(self, steps: tuple[Any, ...]) -> tuple[Any, float, float | None]:
-        """(features with the signals that steps ask for, the milliseconds that those took, and those of the tower where
-        tokens leave inside it). Made once, but for a tower that tokens leave."""
-        inside = any(step.site == "encoder" for step in steps)
-        outside = [step for step in steps if step.site not in INSIDE]
-        names = {signal_for(need, self.adapter.offers) for step in outside for need in step.signals}
-        tower = sorted(name for name in names if name and name.partition("@")[0] in (*PATCH_SIGNALS, *CLS_SIGNALS))
-        key = (stop_of(steps), *tower)
-        if key not in self.known or inside:
+    def encoded(self, steps: tuple[Any, ...]) -> tuple[Any, float, float]:
+        """(features with signals, the milliseconds that those which steps ask for took, and those of the tower).
+        Made once, but for a tower that tokens leave."""
+        stop = stop_of(steps)
+        if stop == "encoder":
             clock = Clock(self.vlm.device)
             with clock.stage("encode"):
                 (part,) = encode(self.adapter, [self.plan], [self.inputs], [steps])
-            self.known[key] = (part, clock.ms["select"], clock.ms["encode"] if inside else None)
-            if not inside:
-                self.tower.append(clock.ms["encode"])
-        part, signals, spent = self.known[key]
+            return part, clock.ms["select"], clock.ms["encode"]
+        if stop not in self.known:
+            signals = set(self.spent)
+            (self.known[stop],) = self.adapter.encode([self.inputs], [self.plan], signals, stop=stop)
+        part = self.known[stop]
         free = {
             "features": part.features,
             "text_embeddings": text_embeddings(self.adapter, self.plan),
             "request_key": torch.tensor(request_key(self.inputs)),
         }
-        part = replace(part, signals={**free, **part.signals})
-        return part, signals, spent
+        spent = sum(self.spent.get(name, 0.0) for name in tower_signals(self.adapter, steps))
+        return replace(part, signals={**free, **part.signals}), spent, self.tower
 
     def once(self, reducers: tuple[Any, ...]) -> tuple[dict[str, float], Any]:
         """Milliseconds of one request by stage, and the row that ran."""
@@ -106,11 +126,16 @@ class Bench:
         clock = Clock(self.vlm.device)
         with clock.stage("select"):
             row = select(self.adapter, self.plan, part, steps)
-        outside = clock.ms["select"]
         generate(self.adapter, [row], self.vlm.new_cache(), max_new_tokens=1, stop=(), clock=clock)
-        ms = {"signals": signals, "outside": outside, "inside": clock.ms["select"] - outside}
-        ms["tower"] = float(np.median(self.tower)) if tower is None else tower
-        return ms | {"select": signals + clock.ms["select"], "prefill": clock.ms["prefill"]}, row
+        ms = {"signals": signals, "tower": tower, "select": signals + clock.ms["select"]}
+        return ms | {"prefill": clock.ms["prefill"]}, row
+
+
+def tower_signals(adapter: Any, steps: tuple[Any, ...]) -> set[str]:
+    """Names of the tower's signals that steps behind it ask for."""
+    outside = [step for step in steps if step.site not in (*INSIDE, "encoder")]
+    names = {signal_for(need, adapter.offers) for step in outside for need in step.signals}
+    return {name for name in names if name and name not in COMMON_SIGNALS}
 
 
 def recipes(vlm: foveate.VLM, keeps: list[float], only: list[str] | None) -> dict[str, tuple[Any, ...]]:
@@ -132,75 +157,58 @@ def recipes(vlm: foveate.VLM, keeps: list[float], only: list[str] | None) -> dic
 
 
 def measured(
-    vlm: foveate.VLM, load: Load, methods: dict[str, tuple[Any, ...]], rounds: int, bar: Any
+    vlm: foveate.VLM, load: Load, methods: dict[str, tuple[Any, ...]], rounds: int, end: float
 ) -> dict[str, Any]:
-    """All recipes on one request: {"visual", "text", "dense", "rows"}."""
-    bench = Bench(vlm, load)
+    """All recipes on one request: {"visual", "text", "dense", "rows"}. end: of `time.monotonic`, when no further round
+    begins; one there is always."""
+    shape = vlm.adapter.shape
+    wanted = (tower_signals(vlm.adapter, steps_of(reducers, shape)) for reducers in methods.values())
+    bench = Bench(vlm, load, set().union(*wanted))
     rng = random.Random(SEED)
-    sides: dict[str, tuple[Any, ...]] = {"dense": (), "again": (), **methods}
     kept: list[dict[str, dict[str, float]]] = []
     dropped: list[dict[str, dict[str, float]]] = []
     rows: dict[str, Any] = {}
     failed: dict[str, str] = {}
+    again: list[float] = []
     bench.once(())
-    for name in methods:  # what signals cost is measured before the rounds, which then hold nothing but requests
-        try:
-            bench.encoded(steps_of(methods[name], vlm.adapter.shape))
-        except FoveateError as error:
-            failed[name] = str(error)
-    for _ in range(rounds):
-        order = [name for name in sides if name not in failed]
-        rng.shuffle(order)
-        times: dict[str, dict[str, float]] = {}
-        before = ticks()
-        for name in order:
-            try:
-                times[name], rows[name] = bench.once(sides[name])
-            except FoveateError as error:
-                failed[name] = str(error)
-            bar.advance(now=f"{bench.visual} tokens, {name}")
-        (dropped if busy_machine(load_average(), stolen(before, ticks())) else kept).append(times)
-    noisy = len(kept) < max(1, rounds // 2)
+    gc.collect()
+    gc.disable()
+    longest = 0.0
+    with progress("speed", rounds * len(methods)) as bar:
+        for number in range(rounds):
+            began, before = time.monotonic(), ticks()
+            if number and began + longest > end:
+                break
+            order = [name for name in methods if name not in failed]
+            rng.shuffle(order)
+            times: dict[str, dict[str, float]] = {}
+            dense = bench.once(())[0]["prefill"]
+            for start in range(0, len(order), NEAR):
+                near = order[start : start + NEAR]
+                for name in near:
+                    try:
+                        times[name], rows[name] = bench.once(methods[name])
+                    except FoveateError as error:
+                        failed[name] = str(error)
+                    bar.advance(now=f"{vlm.name}, {bench.visual} tokens, {name}")
+                following = bench.once(())[0]["prefill"]
+                again.append(following / dense)
+                for name in set(near) & set(times):
+                    times[name]["dense"] = (dense + following) / 2
+                dense = following
+            (dropped if busy_machine(load_average(), stolen(before, ticks())) else kept).append(times)
+            gc.collect()
+            longest = max(longest, time.monotonic() - began)
+    gc.enable()
+    noisy = len(kept) < max(1, (len(kept) + len(dropped)) // 2)
     used = kept + dropped if noisy else kept
-    tower = float(np.median(bench.tower))
-    dense = float(np.median([times["dense"]["prefill"] for times in used]))
-    shape = cost.ModelShape.from_config(vlm.model.config, vlm.spec)
-    request = cost.Request.from_plan(bench.plan, shape)
-    work = cost.flops(shape, request)
-    out = []
-    for name in methods:
-        if name in failed:
-            out.append({"recipe": name, "failed": failed[name]})
-            continue
-        times = [one[name] for one in used]
-        row = rows[name]
-        layers = tuple(row.per_layer)
-        less = cost.flops(shape, replace(request, kept=layers[-1], per_layer=layers, text=row.text))
-        after = [t["select"] + t["prefill"] for t in times]
-        ratio = interval([a / one["dense"]["prefill"] for a, one in zip(after, used)])
-        share = less["prefill"] / work["prefill"]
-        before_llm = bench.before + tower
-        first = [bench.before + t["tower"] + a for t, a in zip(times, after)]
-        ttft = interval([t / (before_llm + one["dense"]["prefill"]) for t, one in zip(first, used)])
-        predicted = (before_llm + dense * share) / (before_llm + dense)
-        selection = interval([t["select"] / one["dense"]["prefill"] for t, one in zip(times, used)])
-        out.append(
-            {
-                "recipe": name,
-                "visual": row.visual,
-                "per_layer": list(layers),
-                "select_ms": median(times, "select"),
-                "signals_ms": median(times, "signals"),
-                "prefill_ms": median(times, "prefill"),
-                "selection_share": selection,
-                "prefill_ratio": interval([t["prefill"] / one["dense"]["prefill"] for t, one in zip(times, used)]),
-                "llm_ratio": ratio,
-                "prefill_flops": share,
-                "ttft_ratio": ttft,
-                "ttft_predicted": predicted,
-                "ttft_over_predicted": ttft["value"] / predicted,
-            }
-        )
+    dense_ms = float(np.median([t["dense"] for times in used for t in times.values()]))
+    out = [
+        {"recipe": name, "failed": failed[name]}
+        if name in failed
+        else {"recipe": name, **costs(bench, rows[name], [times[name] for times in used])}
+        for name in methods
+    ]
     return {
         "size": list(load.size),
         "frames": load.frames,
@@ -210,9 +218,39 @@ def measured(
         "rounds": len(used),
         "discarded": 0 if noisy else len(dropped),
         "noisy": noisy,
-        "dense": {"preprocess_ms": bench.before, "tower_ms": tower, "prefill_ms": dense},
-        "again": interval([one["again"]["prefill"] / one["dense"]["prefill"] for one in used]),
+        "dense": {**bench.before, "tower_ms": bench.tower, "prefill_ms": dense_ms},
+        "signals": {name: round(spent, 3) for name, spent in sorted(bench.spent.items())},
+        "again": interval(again),
         "rows": out,
+    }
+
+
+def costs(bench: Bench, row: Any, times: list[dict[str, float]]) -> dict[str, Any]:
+    """What a recipe cost and saved, of the times of all rounds, against what its FLOPs predict."""
+    shape = cost.ModelShape.from_config(bench.vlm.model.config, bench.vlm.spec)
+    request = cost.Request.from_plan(bench.plan, shape)
+    layers = tuple(row.per_layer)
+    less = cost.flops(shape, replace(request, kept=layers[-1], per_layer=layers, text=row.text))
+    share = less["prefill"] / cost.flops(shape, request)["prefill"]
+    opened = sum(bench.before.values())
+    before, dense = opened + bench.tower, median(times, "dense")
+    after = [t["select"] + t["prefill"] for t in times]
+    ttft = interval([(opened + t["tower"] + a) / (before + t["dense"]) for t, a in zip(times, after)])
+    predicted = (before + dense * share) / (before + dense)
+    return {
+        "visual": row.visual,
+        "per_layer": list(layers),
+        "select_ms": median(times, "select"),
+        "signals_ms": median(times, "signals"),
+        "tower_ms": median(times, "tower"),
+        "prefill_ms": median(times, "prefill"),
+        "selection_share": interval([t["select"] / t["dense"] for t in times]),
+        "prefill_ratio": interval([t["prefill"] / t["dense"] for t in times]),
+        "llm_ratio": interval([a / t["dense"] for t, a in zip(times, after)]),
+        "prefill_flops": share,
+        "ttft_ratio": ttft,
+        "ttft_predicted": predicted,
+        "ttft_over_predicted": ttft["value"] / predicted,
     }
 
 
@@ -239,10 +277,9 @@ def break_evens(sizes: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: crossing(found) for name, found in points.items()}
 
 
-def plot(run: dict[str, Any]) -> str:
-    """An SVG of the time to the first token at the smallest fraction kept, of the last run of the size with most
-    recipes."""
-    sizes = {(tuple(one["size"]), one["frames"]): one for one in run["sizes"]}.values()
+def plot(runs: list[dict[str, Any]]) -> str:
+    """An SVG of the time to the first token at the smallest fraction kept, of the largest size with most recipes."""
+    sizes = [size for run in runs for size in run["sizes"]]
     size = max(sizes, key=lambda one: (len(one["rows"]), one["visual"]))
     dense = size["dense"]
     before = dense["preprocess_ms"] + dense["tower_ms"]
@@ -250,8 +287,8 @@ def plot(run: dict[str, Any]) -> str:
     rows = [row for row in size["rows"] if "failed" not in row and row["recipe"].endswith(f"keep={least_keep(size)})")]
     shown = []
     for row in rows:
-        counted = any(tokens < row["visual"] for tokens in row["per_layer"])  # counts do not know masks in layers
-        shown.append((row["recipe"], row["ttft_ratio"]["value"], fixed, row["ttft_predicted"] if counted else None))
+        predicted = row["ttft_predicted"] if counted(row) else None
+        shown.append((row["recipe"], row["ttft_ratio"]["value"], fixed, predicted))
     axis = f"time to first token / dense, {size['visual']} visual tokens; red: to the end of the tower"
     return bars(sorted(shown, key=lambda one: one[1]), axis, mark="FLOPs predict")
 
@@ -260,55 +297,109 @@ def least_keep(size: dict[str, Any]) -> str:
     return min(row["recipe"].partition("keep=")[2].rstrip(")").partition(",")[0] for row in size["rows"])
 
 
+def told(size: dict[str, Any], pays: dict[str, Any]) -> str:
+    """The lines that say of one size what misses its target, and from how many tokens on each recipe pays."""
+    lines = []
+    for row in size["rows"]:
+        if "failed" in row:
+            lines.append(f"  {row['recipe']}: {row['failed']}")
+            continue
+        share, over = row["selection_share"]["value"], row["ttft_over_predicted"] - 1
+        missed = [f"selection above {SELECTION:.0%}"] * (share > SELECTION)
+        missed += [f"TTFT beyond {BEYOND:.0%}"] * (counted(row) and abs(over) > BEYOND)
+        lines.append(
+            f"  {row['recipe']}: selection {share:.1%}, TTFT {row['ttft_ratio']['value']:.3f} of dense ({over:+.1%} "
+            f"over FLOPs); {pays[row['recipe']]['text']}{'; MISSED: ' + ', '.join(missed) if missed else ''}"
+        )
+    return "\n".join(lines)
+
+
+def resumed(path: Path) -> dict[str, Any]:
+    """What the file holds: {"runs", "skipped"}."""
+    held = json.loads(path.read_text()) if path.is_file() else {}
+    return {"runs": held.get("runs", []), "skipped": []}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="llava-onevision-0.5b")
+    parser.add_argument(
+        "--presets", nargs="+", default=TABLE, metavar="NAME:SIZES", help="sizes: WxH pictures, Nf clips"
+    )
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--sizes", default="1f,4f,384x384", help="pictures (WxH) and clips (Nf)")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.25])
     parser.add_argument("--methods", nargs="+", help="only these")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4, help="at most")
+    parser.add_argument("--minutes", type=float, default=25.0, help="what does not fit is left out")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--add", action="store_true", help="keep what the file holds of other sizes and presets")
+    parser.add_argument("--memory", default="llava-onevision-0.5b:384x64", metavar="NAME:SIZE", help="'' for none")
+    parser.add_argument("--resume", action="store_true", help="keep what the file holds, and take the rest")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/speed.json"))
     parser.add_argument("--plot", type=Path, help="draw what the file holds into this SVG, and measure nothing")
     args = parser.parse_args()
 
     if args.plot:
-        args.plot.write_text(plot(json.loads(args.out.read_text())["runs"][0]) + "\n")
+        args.plot.write_text(plot(json.loads(args.out.read_text())["runs"]) + "\n")
         return
     torch.set_num_threads(args.threads)
-    started = time.monotonic()
-    vlm = foveate.load(args.preset, random_weights=True, dtype=args.dtype, device="cpu")
-    methods = recipes(vlm, args.keep, args.methods)
-    asked = loads(args.sizes)
-    run: dict[str, Any] = {"preset": args.preset, "dtype": args.dtype, "threads": args.threads, "sizes": []}
-    earlier: list[dict[str, Any]] = []
-    if args.add and args.out.is_file():
-        for known in json.loads(args.out.read_text())["runs"]:
-            if (known["preset"], known["dtype"]) == (args.preset, args.dtype):
-                run = known
-            else:
-                earlier.append(known)
-    with progress("speed", len(asked) * args.rounds * (len(methods) + 2)) as bar, torch.inference_mode():
-        for load in asked:
-            found = measured(vlm, load, methods, args.rounds, bar)
-            others = [one for one in run["sizes"] if (one["size"], one["frames"]) != (found["size"], found["frames"])]
-            run["sizes"] = sorted([*others, found], key=lambda one: one["visual"])
-            run["break_even"] = break_evens(run["sizes"])
-            run["seconds"] = round(run.get("seconds", 0.0) + time.monotonic() - started, 1)
-            started = time.monotonic()
-            write_json(args.out, run_header() | {"seed": SEED, "runs": [*earlier, run]})
-    if not args.no_memory:
-        picture = next((load for load in reversed(asked) if not load.frames), None)
-        del vlm
-        common = {"dtype": args.dtype, "device": "cpu", "random_weights": True, "threads": args.threads}
-        run["memory"] = []
-        for recipe in PEAKS if picture else ():
-            job = Job(model=args.preset, recipe=recipe, sizes=(picture.size,), prompt=PROMPT, new_tokens=1, **common)
-            run["memory"].append({"recipe": recipe, "size": list(picture.size), **peak(job)})
-        write_json(args.out, run_header() | {"seed": SEED, "runs": [*earlier, run]})
+    end = time.monotonic() + 60 * args.minutes
+    report = resumed(args.out) if args.resume else {"runs": [], "skipped": []}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    header = {"seed": SEED, "minutes": args.minutes, "allowed_cores": cores}
+    todo = []
+    for text in args.presets:
+        name, _, sizes = text.partition(":")
+        run = run_of(report, name, args.dtype, args.threads)
+        held = [(one["size"], one["frames"]) for one in run["sizes"]]
+        todo += [(run, load) for load in loads(sizes or "384x384") if (list(load.size), load.frames) not in held]
+    if args.memory:
+        name, _, size = args.memory.partition(":")
+        run = run_of(report, name, args.dtype, args.threads)
+        if "memory" not in run:
+            run["memory"] = memory(run, loads(size)[0], end)
+            write_json(args.out, run_header() | header | report)
+    vlm, methods, seconds = None, {}, 0.0
+    for done, (run, load) in enumerate(todo):
+        began = time.monotonic()
+        if began + seconds > end:  # no shorter than the one before
+            report["skipped"].append({"preset": run["preset"], "size": list(load.size), "frames": load.frames})
+            continue
+        if vlm is None or vlm.name != run["preset"]:
+            vlm = None  # never two models at a time
+            vlm = foveate.load(run["preset"], random_weights=True, dtype=args.dtype, device="cpu")
+            methods = recipes(vlm, args.keep, args.methods)
+        with torch.inference_mode():
+            found = measured(vlm, load, methods, args.rounds, began + (end - began) / (len(todo) - done))
+        run["sizes"] = sorted([*run["sizes"], found], key=lambda one: one["visual"])
+        run["break_even"] = break_evens(run["sizes"])
+        seconds = time.monotonic() - began
+        run["seconds"] = round(run.get("seconds", 0.0) + seconds, 1)
+        print(f"{run['preset']}, {found['visual']} visual tokens, {found['rounds']} rounds, {seconds:.0f} s")
+        print(told(found, run["break_even"]))
+        write_json(args.out, run_header() | header | report)
+    write_json(args.out, run_header() | header | report)
+    for one in report["skipped"]:
+        print(f"left out for want of time: {one}")
+
+
+def memory(run: dict[str, Any], load: Load, end: float) -> list[dict[str, Any]]:
+    """Peak memory of a request with each of PEAKS, each in a process of its own; none begins after `end`."""
+    common = {"dtype": run["dtype"], "device": "cpu", "random_weights": True, "threads": run["threads"]}
+    found = []
+    for recipe in PEAKS:
+        if time.monotonic() < end:
+            job = Job(model=run["preset"], recipe=recipe, sizes=(load.size,), prompt=PROMPT, new_tokens=1, **common)
+            found.append({"recipe": recipe, "size": list(load.size), **peak(job)})
+    return found
+
+
+def run_of(report: dict[str, Any], preset: str, dtype: str, threads: int) -> dict[str, Any]:
+    """The run of a preset in the report, put there where there is none."""
+    for run in report["runs"]:
+        if (run["preset"], run["dtype"], run["threads"]) == (preset, dtype, threads):
+            return run
+    run = {"preset": preset, "dtype": dtype, "threads": threads, "sizes": [], "break_even": {}}
+    report["runs"].append(run)
+    return run
 
 
 if __name__ == "__main__":

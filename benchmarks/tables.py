@@ -313,6 +313,7 @@ def speed(name: str, report: Row | None) -> str:
             head = [
                 "recipe",
                 "selection / dense prefill",
+                "of it in the tower",
                 "TTFT / dense [95 %]",
                 "FLOPs predict",
                 "over it",
@@ -331,19 +332,24 @@ def speed(name: str, report: Row | None) -> str:
 
 
 def _speed_met(report: Row, name: str) -> str:
-    """How many rows meet both targets, and how noisy the runs were."""
+    """How many rows meet both targets, and what was left out for want of time."""
     sizes = [size for run in report["runs"] for size in run["sizes"]]
     rows = [row for size in sizes for row in size["rows"] if "failed" not in row and _is_of(row["recipe"], name)]
     cheap = sum(row["selection_share"]["value"] <= SELECTION for row in rows)
-    counted = [row for row in rows if _counted(row)]
-    near = sum(abs(row["ttft_over_predicted"] - 1) <= BEYOND for row in counted)
+    known = [row for row in rows if counted(row)]
+    near = sum(abs(row["ttft_over_predicted"] - 1) <= BEYOND for row in known)
+    skipped = "".join(f" Left out for want of time: {_skipped(one)}." for one in report.get("skipped", []))
     return (
         f"Selection costs at most {SELECTION:.0%} of the dense prefill in {cheap} of {len(rows)} rows; TTFT lies "
-        f"within {BEYOND:.0%} of what FLOPs predict in {near} of {len(counted)}."
+        f"within {BEYOND:.0%} of what FLOPs predict in {near} of {len(known)}.{skipped}"
     )
 
 
-def _counted(row: Row) -> bool:
+def _skipped(one: Row) -> str:
+    return f"`{one['preset']}`, " + (f"{one['frames']} frames" if one["frames"] else "x".join(map(str, one["size"])))
+
+
+def counted(row: Row) -> bool:
     """Whether the counts know what a recipe saves; they do not know masks inside layers."""
     return any(tokens < row["visual"] for tokens in row["per_layer"])
 
@@ -375,13 +381,14 @@ def _speed_row(row: Row, run: Row) -> list[str]:
     pays = f"{crossing['tokens']:.0f}" if crossing["tokens"] else f"≤ {least['tokens']}"
     if crossing["tokens"] is None and most["ratio"] >= 1:
         pays = f"> {most['tokens']}"
-    counted = _counted(row)
+    known = counted(row)
     return [
         f"`{row['recipe']}`",
         f"{selection['value']:.1%}" + (" ✗" if selection["value"] > SELECTION else ""),
+        f"{row['signals_ms'] / row['select_ms']:.0%}" if row["signals_ms"] >= 0.1 else "",
         f"{ttft['value']:.3f} [{ttft['low']:.3f}, {ttft['high']:.3f}]",
-        f"{row['ttft_predicted']:.3f}" if counted else "",
-        (f"{over - 1:+.1%}".replace("-", "−") + (" ✗" if abs(over - 1) > BEYOND else "")) if counted else "",
+        f"{row['ttft_predicted']:.3f}" if known else "",
+        (f"{over - 1:+.1%}".replace("-", "−") + (" ✗" if abs(over - 1) > BEYOND else "")) if known else "",
         pays,
     ]
 

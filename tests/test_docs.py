@@ -144,12 +144,14 @@ def test_speed_tables_mark_missed_targets():
     assert "speed.json" in tables.speed("fastv", None) and "plan_check.json" in tables.plan_check(None)
     even = {"value": 1.0, "low": 0.98, "high": 1.02}
     row = {"visual": 784, "per_layer": [784, 196], "selection_share": {"value": 0.01}, "ttft_over_predicted": 1.02}
+    row |= {"select_ms": 40.0, "signals_ms": 0.0}
     row |= {
         "recipe": "fastv(keep=0.25)",
         "ttft_ratio": {"value": 0.7, "low": 0.6, "high": 0.8},
         "ttft_predicted": 0.686,
     }
     slow = row | {"recipe": "hired(keep=0.25)", "selection_share": {"value": 0.04}, "ttft_over_predicted": 0.85}
+    slow |= {"select_ms": 160.0, "signals_ms": 120.0}
     masks = row | {"recipe": "yopo(keep=0.25)", "per_layer": [784, 784]}
     pays = {"tokens": None, "points": [{"tokens": 196, "ratio": 0.8}, {"tokens": 784, "ratio": 0.6}]}
     size = {"size": [384, 384], "frames": 4, "visual": 784, "text": 100, "noisy": False, "discarded": 1, "rounds": 3}
@@ -157,12 +159,12 @@ def test_speed_tables_mark_missed_targets():
     size["rows"] = [row, slow, masks, {"recipe": "tome(keep=0.25)", "failed": "why"}]
     run = {"preset": "p", "dtype": "bfloat16", "threads": 1, "sizes": [size]}
     run["break_even"] = {one["recipe"]: pays for one in (row, slow, masks)}
-    report = {"runs": [run]}
+    report = {"runs": [run], "skipped": [{"preset": "q", "size": [96, 64], "frames": None}]}
     text = tables.speed("", report)
-    assert "| `fastv(keep=0.25)` | 1.0% | 0.700 [0.600, 0.800] | 0.686 | +2.0% | ≤ 196 |" in text
-    assert "| `hired(keep=0.25)` | 4.0% ✗ |" in text and "−15.0% ✗" in text and "`tome" not in text
-    assert "| `yopo(keep=0.25)` | 1.0% | 0.700 [0.600, 0.800] |  |  |" in text
-    assert "in 2 of 3 rows" in text and "predict in 1 of 2" in text
+    assert "| `fastv(keep=0.25)` | 1.0% |  | 0.700 [0.600, 0.800] | 0.686 | +2.0% | ≤ 196 |" in text
+    assert "| `hired(keep=0.25)` | 4.0% ✗ | 75% |" in text and "−15.0% ✗" in text and "`tome" not in text
+    assert "| `yopo(keep=0.25)` | 1.0% |  | 0.700 [0.600, 0.800] |  |  |" in text
+    assert "in 2 of 3 rows" in text and "predict in 1 of 2. Left out for want of time: `q`, 96x64." in text
     assert "a clip of 4 frames: 784 visual" in text and "3 rounds, 1 dropped" in text
     assert "hired" not in tables.speed("fastv", report) and "no recipe of `random`" in tables.speed("random", report)
     svg = module("benchmarks/curves.py").bars([("fastv", 0.7, 0.5, 0.69)], "time", mark="predicted")

@@ -26,15 +26,17 @@ class Clock:
     itself only, not for the outer one.
 
     device: a torch device, or anything without `type` "cuda" for what runs on the CPU. extra: stages beside STAGES.
+    parts: milliseconds of what has a name of its own within a stage, such as a signal; they count for the stage too.
     """
 
     def __init__(self, device: Any, extra: tuple[str, ...] = ()) -> None:
         self._device = device
         self._open: list[str] = []
         self.ms = dict.fromkeys((*extra, *STAGES), 0.0)
+        self.parts: dict[str, float] = {}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, part: str | None = None) -> Iterator[None]:
         if self._open:
             self._drain()
         self._open.append(name)
@@ -47,6 +49,8 @@ class Clock:
             spent = (time.perf_counter() - start) * 1e3
             _RUNNING.reset(token)
             self.ms[name] += spent
+            if part is not None:
+                self.parts[part] = self.parts.get(part, 0.0) + spent
             self._open.pop()
             if self._open:
                 self.ms[self._open[-1]] -= spent
@@ -59,11 +63,14 @@ class Clock:
 
 
 @contextmanager
-def charge(name: str) -> Iterator[None]:
-    """Count the block as stage `name` on the clock that runs in this thread, if one runs and knows that stage."""
+def charge(name: str, part: str | None = None) -> Iterator[None]:
+    """Count the block as stage `name` on the clock that runs in this thread, if one runs and knows that stage.
+
+    part: also under this name in the clock's `parts`.
+    """
     clock = _RUNNING.get()
     if clock is None or name not in clock.ms:
         yield
     else:
-        with clock.stage(name):
+        with clock.stage(name, part):
             yield

@@ -5,6 +5,7 @@ attention and no layer runs twice. A step at layer k sees layer k-1 as it ran, a
 
     last_attention         [H, N]     row of the last prompt token in layer k-1, over the visual tokens
     text_attention         [H, Q, N]  rows of the text tokens that follow the first visual one, in layer k-1
+    mean_text_attention    [H, N]     mean over the rows of text_attention
     visual_attention       [H, N]     mean over the rows of the visual tokens, in layer k-1
     next_last_attention, next_text_attention, next_visual_attention: the same with the projections of layer k
     last_value_attention   [H, N]     softmax over the visual tokens of v_last . v_visual / sqrt(d), layer k-1
@@ -33,7 +34,7 @@ from foveate.adapters.decoder import Rotary, project, rotate, scale_of
 from foveate.adapters.tower import HELD
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 
 @dataclass
@@ -59,8 +60,8 @@ class LayerView:
     place: int | None = None
 
     def signals(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The signals by name."""
-        return {name: self._signal(name) for name in names}
+        """The signals by name; each is made when it is first read, since a step may not need all that it asks for."""
+        return _Signals(names, self._signal)
 
     def _signal(self, name: str) -> Tensor:
         if name in self.given:
@@ -88,8 +89,8 @@ class LayerView:
             return turned[self.text] @ turned[self.visual].T / ones.shape[-1] ** 0.5
         following = name.startswith("next_")
         rows = name.removeprefix("next_").removesuffix("_attention")
-        if rows == "visual":
-            return self._mean_attention(self.visual, following)
+        if rows in ("visual", "mean_text"):
+            return self._mean_attention(self.visual if rows == "visual" else self.text, following)
         found = self._attention(self.text if rows == "text" else self._last(), following)
         return found if rows == "text" else found[:, 0]
 
@@ -120,6 +121,21 @@ class LayerView:
             end = int(at[-1]) + 1  # later keys are masked in all of these rows
             total[:, :end] += attention_rows(rows, keys[:, :end], at, 1.0).sum(dim=1)
         return total[:, self.visual] / len(places)
+
+
+class _Signals(dict[str, Tensor]):
+    def __init__(self, names: Iterable[str], make: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self._names, self._make = frozenset(names), make
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __missing__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        value = self[name] = self._make(name)
+        return value
 
 
 def attention_rows(query: Tensor, keys: Tensor, places: Tensor, scale: float) -> Tensor:

@@ -129,8 +129,8 @@ class NvilaAdapter(Adapter):
                 yield torch.cat(parts) if parts else empty
 
         out = [Encoded(part) for part in of_requests(images, clips, nothing)]
-        with charge("select"):
-            for name in image_maps:
+        for name in image_maps:
+            with charge("select", name):
                 for encoded, part in zip(out, of_requests(image_maps[name], clip_maps[name], torch.zeros(0))):
                     encoded.signals[name] = part
         return out
@@ -165,8 +165,8 @@ class NvilaAdapter(Adapter):
             method = self.model.get_video_features if video else self.model.get_image_features
             with capture(watched) as seen:
                 features += method(part, units[first:last]).pooler_output
-            with charge("select"):
-                for ask in wanted:
+            for ask in wanted:
+                with charge("select", ask.name):
                     states = States(*(torch.cat(seen[f"{kind}{ask.block}"]) for kind in ("q", "k", "v", "")))
                     facts = self.attention_of(self.blocks[ask.block])
                     views = measure(ask.kind, states, facts.heads, facts.scale, cls=False)

