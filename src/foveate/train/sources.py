@@ -19,6 +19,7 @@ import numpy as np
 from foveate.errors import InputError, RecipeError
 
 if TYPE_CHECKING:
+    from foveate.data.formats.index import Index
     from foveate.data.sample import Sample
 
 _log = logging.getLogger("foveate")
@@ -27,6 +28,7 @@ NAMED = {"easy-vqa": "train", "nlvr": "dev-train"}
 """Sets of the data folder that may be trained into a released model, with the split that is used; the rest of `dev`
 stays for choosing between models."""
 MAX_BAD_IN_A_ROW = 100
+MAX_REASONS = 100
 STAGE_STRIDE = 10**9
 """Numbers of a source that each stage has for itself, so that no stage draws the scenes of another again."""
 
@@ -58,10 +60,14 @@ class WorldSource:
 
 
 class ListSource:
-    """A finite set, in a new order each epoch; the order depends on the seed and the epoch only."""
+    """A finite set, in a new order each epoch; the order depends on the seed and the epoch only.
 
-    def __init__(self, name: str, samples: Sequence[Sample], seed: int) -> None:
-        if not samples:
+    samples: a list, or an index that reads a sample when asked. Where that is cheap in blocks only, the blocks come in
+    a new order, and in each of them the samples.
+    """
+
+    def __init__(self, name: str, samples: Sequence[Sample] | Index, seed: int) -> None:
+        if not len(samples):
             raise RecipeError(f"source {name!r} holds no usable sample")
         self.name, self._samples, self._seed = name, samples, seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -72,14 +78,22 @@ class ListSource:
     def sample(self, index: int) -> Sample:
         epoch, position = divmod(index, len(self._samples))
         if self._order[0] != epoch:
-            self._order = (epoch, _rng(self._seed, self.name, epoch).permutation(len(self._samples)))
+            self._order = (epoch, self._permutation(_rng(self._seed, self.name, epoch)))
         return self._samples[int(self._order[1][position])]
+
+    def _permutation(self, rng: np.random.Generator) -> np.ndarray:
+        blocks = getattr(self._samples, "blocks", ())
+        if not len(blocks):
+            return rng.permutation(len(self._samples))
+        parts = np.split(np.arange(len(self._samples)), blocks[1:])
+        return np.concatenate([rng.permutation(parts[i]) for i in rng.permutation(len(parts))])
 
 
 class Mixture:
     """The sources of one stage with their weights and counters.
 
-    `counters` maps source name to the number of samples taken; `skipped` counts those that could not be used.
+    `counters` maps source name to the number of samples taken; `skipped` counts those that could not be used (a bad
+    sample of a finite set once an epoch).
     """
 
     def __init__(self, weights: dict[Source, float], seed: int, stage: int) -> None:
@@ -89,7 +103,8 @@ class Mixture:
         self._seed, self._stage = seed, stage
         self.counters = {s.name: 0 for s in self.sources}
         self.skipped: dict[str, int] = {}
-        self.last_reason = ""
+        self.reasons: list[str] = []
+        """What was wrong with the first bad samples that this process met."""
 
     def take(self, step: int, count: int, prepare: Callable[[Sample, np.random.Generator], T]) -> list[T]:
         """`prepare(sample, rng)` of the `count` samples of `step`; `rng` depends on the sample's place alone.
@@ -111,7 +126,8 @@ class Mixture:
     def skip(self, name: str, reason: str) -> None:
         """Count a sample of source `name` that could not be used."""
         self.skipped[name] = self.skipped.get(name, 0) + 1
-        self.last_reason = f"{name}: {reason}"
+        if len(self.reasons) < MAX_REASONS and f"{name}: {reason}" not in self.reasons:
+            self.reasons.append(f"{name}: {reason}")
 
     def _next(self, source: Source, place: tuple[int, int], prepare: Callable[[Sample, np.random.Generator], T]) -> T:
         for _ in range(MAX_BAD_IN_A_ROW):
@@ -122,10 +138,9 @@ class Mixture:
                     source.sample(self._stage * STAGE_STRIDE + index), _rng(self._seed, "sample", self._stage, *place)
                 )
             except InputError as error:
-                self.skip(source.name, str(error))
-        raise InputError(
-            f"source {source.name!r}: {MAX_BAD_IN_A_ROW} samples in a row failed; last: {self.last_reason}"
-        )
+                reason = str(error)
+                self.skip(source.name, reason)
+        raise InputError(f"source {source.name!r}: {MAX_BAD_IN_A_ROW} samples in a row failed, the last one: {reason}")
 
 
 def open_mixture(
@@ -176,13 +191,9 @@ def _open(name: str, seed: int, data_dir: str | Path | None, world: dict[str, An
     if not Path(name).exists():
         known = f"world/<kind>, {', '.join(NAMED)}, or the path of a data set"
         raise RecipeError(f"source {name!r} is neither a name nor a file that exists; known: {known}")
-    from foveate.data.formats import SkipReport, open_dataset
+    from foveate.data.formats.index import open_index
 
-    report = SkipReport()
-    samples = list(open_dataset(name, report=report))
-    if report.count:
-        _log.warning(f"source {name!r}: {report}")
-    return ListSource(name, samples, seed)
+    return ListSource(name, open_index(name), seed)  # a bad sample is counted when its turn comes
 
 
 def _rng(*key: int | str) -> np.random.Generator:

@@ -34,6 +34,7 @@ from foveate.train.sources import Mixture, Source, open_mixture
 from foveate.train.step import StageLosses, accumulate_gradients, make_losses
 
 _log = logging.getLogger("foveate")
+SHOWN_REASONS = 3
 MODEL_FOLDER = "model"
 FILES = {"recipe.yaml", "tokenizer", "metrics.jsonl", "tensorboard", "run.json", MODEL_FOLDER}
 """What a run may have left before its first checkpoint."""
@@ -170,7 +171,8 @@ class Trainer:
             self._skipped[name] = self._skipped.get(name, 0) + count
         if mixture.skipped:
             total = sum(mixture.skipped.values())
-            _log.warning(f"stage {stage.name}: {total} samples skipped; last: {mixture.last_reason}")
+            shown = "; ".join(mixture.reasons[:SHOWN_REASONS]) + ("; …" if len(mixture.reasons) > SHOWN_REASONS else "")
+            _log.warning(f"stage {stage.name}: {total} samples skipped: {shown}")
         return values.get("loss")
 
     def _open(self, number: int) -> Mixture:

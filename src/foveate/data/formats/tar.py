@@ -17,11 +17,14 @@ CAPTION_QUESTION = "Describe the picture."
 MAX_MEMBER = 2**31
 
 
-def read_tar(path: Path) -> Iterator[tuple[str, dict[str, bytes] | InputError]]:
-    """(name, {extension: bytes}) of each sample, in file order; an InputError in its place ends a damaged archive."""
+def read_tar(path: Path, part: io.BytesIO | None = None) -> Iterator[tuple[str, dict[str, bytes] | InputError]]:
+    """(name, {extension: bytes}) of each sample, in file order; an InputError in its place ends a damaged archive.
+
+    part: read these bytes of the file instead of all.
+    """
     key, members = "", {}
     try:
-        with tarfile.open(path, "r|*") as archive:
+        with tarfile.open(None if part else path, "r|*", fileobj=part) as archive:
             for member in archive:
                 if not member.isfile():
                     continue
