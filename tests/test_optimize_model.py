@@ -112,6 +112,10 @@ def test_a_method_may_declare_its_own_range(vlm):
 
 
 def test_predicted_tokens_and_bytes_are_those_of_the_model(bench, vlm):
+    pruned = bench.cost("magnitude(sparsity=0.5)").nonzeros - bench.cost("").nonzeros
+    small = foveate.Recipe.parse("magnitude(sparsity=0.5)").apply(vlm, quiet=True)
+    left = [sum(int((p != 0).sum()) for p in model.parameters()) for model in (small.model, vlm.model)]
+    assert pruned == pytest.approx(left[0] - left[1], rel=0.01) and pruned < 0
     recipe = "fastervlm(keep=0.35) + rtn(bits=8) + int8"
     cost, dense = bench.cost(recipe), bench.cost("")
     small = foveate.Recipe.parse(recipe).apply(vlm, quiet=True)
@@ -257,12 +261,14 @@ def test_strategies_run_on_a_model(vlm, tasks, strategy):
     if strategy == "milp":
         pytest.importorskip("scipy")
     effort = replace(TINY, recipes=3, timed=0)
-    budget = Budget.parse(bytes="0.9x", tokens="0.9x", loss="100pt")
+    more = {"nonzeros": "0.95x"} if strategy == "milp" else {}
+    budget = Budget.parse(bytes="0.9x", tokens="0.9x", loss="100pt", **more)
     report = optimize(vlm, budget, tasks=tasks, effort=effort, strategy=strategy, methods=[*FEW, "fastv"])
     recipes = [row["recipe"] for row in report["trials"] if row["n"]]
     assert recipes and report["recipe"] in recipes
     if strategy == "milp":
-        assert any("mixed(bits=[" in recipe and "rates=[1.0" in recipe for recipe in recipes)
+        for part in ("mixed(bits=[", "rates=[1.0", "layered(shares=["):
+            assert any(part in recipe for recipe in recipes), part
     if strategy == "p_sigmoid":
         assert all(recipe.startswith("schedule(") for recipe in recipes)
 

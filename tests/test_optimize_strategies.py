@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from foveate.errors import InputError, RecipeError, UnknownNameError, UnsupportedError
 from foveate.optimize.budget import Budget, Cost, Limit
@@ -217,6 +218,66 @@ def test_each_layer_gets_its_own_bits(vlm, tmp_path):
         Recipe.parse("mixed(bits=[4])").apply(vlm, quiet=True)
     with pytest.raises(RecipeError, match="bits holds 5"):
         Recipe.parse("mixed(bits=[5])")
+
+
+@pytest.mark.parametrize("pruner", ["magnitude", "wanda"])
+def test_each_layer_gets_its_own_zeros(vlm, tmp_path, pruner):
+    import foveate
+    from foveate.recipe import Recipe
+
+    depth, parts = vlm.adapter.shape.layers, vlm.adapter.parts()
+    shares = [0.5, 0.0, 0.75, 0.25][:depth] + [0.0] * max(0, depth - 4)
+    recipe = Recipe.parse(f"layered(shares={shares}, pruner={pruner}, samples=2)")
+    small = recipe.apply(vlm, quiet=True)
+    zeros = 0
+    for share, layer in zip(shares, small.adapter.layers):
+        weights = [module.weight for module in layer.modules() if isinstance(module, torch.nn.Linear)]
+        gone = sum(int((weight == 0).sum()) for weight in weights)
+        zeros += gone
+        assert gone / sum(weight.numel() for weight in weights) == pytest.approx(share, abs=0.02)
+    assert recipe.methods[0].zeros(parts) == pytest.approx(zeros, rel=0.02)
+    assert recipe.methods[0].needs_data is (pruner == "wanda")
+    small.save(tmp_path / "layered")
+    assert foveate.load(tmp_path / "layered").recipe.text() == recipe.text()
+    for wrong, said in (("[0.5]", f"shares has 1 numbers, this model has {depth}"), ("[1.5]", "shares holds 1.5")):
+        with pytest.raises(RecipeError, match=said):
+            Recipe.parse(f"layered(shares={wrong})").apply(vlm, quiet=True)
+
+
+def test_the_programme_prunes_where_it_disturbs_least():
+    pytest.importorskip("scipy")
+    bench, harm = Bench(), (9.0, 1.0, 4.0, 1.0)
+
+    def shares(recipe):
+        return (
+            [float(x) for x in recipe.split("shares=[")[1].split("]")[0].split(", ")] if "shares" in recipe else [0] * 4
+        )
+
+    bench.cost = lambda recipe: Cost(1, 1, 1, nonzeros=1000 - 200 * sum(shares(recipe)))
+    bench.divergence = lambda recipe, n: sum(h * s * s for h, s in zip(harm, shares(recipe)))
+    made = context(bench, Budget.parse(nonzeros="0.7x"))
+    asked = STRATEGIES.get("milp")(made).ask([])
+    assert {"pruner=magnitude" in recipe for recipe in asked} == {True, False} and len(asked) >= 4
+    for recipe in asked:
+        found = shares(recipe)
+        assert bench.cost(recipe).nonzeros <= 700 and found[0] <= found[2] <= min(found[1], found[3])
+    mild = min((shares(recipe) for recipe in asked), key=sum)
+    every = [s for s in itertools.product((0.0, 0.2, 0.4, 0.6, 0.8), repeat=4) if 1000 - 200 * sum(s) <= 700 + 1e-9]
+    assert sum(h * s * s for h, s in zip(harm, mild)) == pytest.approx(
+        min(sum(h * s * s for h, s in zip(harm, plan)) for plan in every)
+    )
+    assert STRATEGIES.get("milp")(context(bench, Budget.parse(tokens="2x"))).recipes != asked
+
+
+def test_zeros_are_searched_where_their_number_is_limited(vlm):
+    _, refused = fitting(vlm, ["magnitude", "rtn"])
+    assert refused == {} and {m.sparsity for m in variants(METHODS.get("magnitude"))} == {0.3, 0.5, 0.7}
+    from foveate.optimize.space import upgrades
+
+    better = upgrades(vlm, "uniform(keep=0.5) + magnitude(sparsity=0.7)", 9)
+    assert any("wanda(sparsity=0.7" in recipe for recipe in better)
+    assert all("uniform(keep=0.5)" in recipe and "sparsity=0.7" in recipe for recipe in better)
+    assert not any("bits" in recipe for recipe in better)
 
 
 # ---- space and log

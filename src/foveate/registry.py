@@ -103,6 +103,7 @@ METHODS = Registry(
         "maskllm": "foveate.weights.maskllm:MaskLLM",
         "eora": "foveate.weights.eora:EoRA",
         "lq_lora": "foveate.weights.lq_lora:LQLoRA",
+        "layered": "foveate.weights.layered:Layered",
         "mixed": "foveate.weights.mixed:Mixed",
         "magnitude": "foveate.weights.magnitude:Magnitude",
         "wanda": "foveate.weights.wanda:Wanda",

@@ -17,6 +17,7 @@ LIMITS = {
     "size": "weights on disk",
     "memory": "peak of one request: counted, then measured for the finalists",
     "tokens": "visual tokens that reach the language model, mean over its layers",
+    "nonzeros": "weights that are not zero, what pruning lowers",
     "ttft": "time to first token, measured beside the dense model",
     "tpot": "time of each further token, measured beside the dense model",
     "throughput": "requests a second in batches, measured beside the dense model",

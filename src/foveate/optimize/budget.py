@@ -17,6 +17,7 @@ AXES = {
     "size": "size on disk",
     "memory": "peak memory",
     "tokens": "visual tokens",
+    "nonzeros": "weights that are not zero",
     "ttft": "time to first token",
     "tpot": "time per token",
     "throughput": "throughput",
@@ -36,6 +37,7 @@ _FACTORS: dict[str, dict[str, float]] = {
     **dict.fromkeys(("bytes", "size", "memory"), _BYTES),
     **dict.fromkeys(("ttft", "tpot"), _MILLISECONDS),
     "tokens": {"": 1, "k": 1e3},
+    "nonzeros": {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9},
     "throughput": {"": 1, "k": 1e3},
 }
 _SUFFIX = {
@@ -48,6 +50,7 @@ _EXAMPLE = {
     "flops": "0.5x or 2.5GFLOP",
     **dict.fromkeys(("bytes", "size", "memory"), "0.5x or 8GiB"),
     "tokens": "0.5x or 128",
+    "nonzeros": "0.5x or 300M",
     "ttft": "0.5x or 400ms",
     "tpot": "0.8x or 30ms",
     "throughput": "1.5x or 20req/s",
@@ -59,7 +62,8 @@ class Cost:
     """Cost of one mean request under a recipe.
 
     flops: tower, connector, selection, prefill and decode. bytes: weights and cache held. tokens: visual tokens that
-    reach the language model. size: bytes of the checkpoint's weights. memory: peak, with activations. ttft_ms, tpot_ms,
+    reach the language model. size: bytes of the checkpoint's weights. memory: peak, with activations. nonzeros: weights
+    that no method sets to zero. ttft_ms, tpot_ms,
     throughput (requests a second in batches): measured, None until then. hints: times and throughput against dense as a
     roofline estimates them, by axis, where one is limited. parts: named shares of `flops` and `bytes`, for the report.
     """
@@ -72,6 +76,7 @@ class Cost:
     throughput: float | None = None
     size: float | None = None
     memory: float | None = None
+    nonzeros: float | None = None
     parts: dict[str, float] = field(default_factory=dict, compare=False)
     hints: dict[str, float] = field(default_factory=dict, compare=False)
 
@@ -222,8 +227,8 @@ def amount(axis: str, value: float | None) -> str:
         return f"{value:.1f} ms" if value < 1e4 else f"{value / 1e3:.1f} s"
     if axis == "tokens":
         return f"{value:.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
-    unit = "FLOP" if axis == "flops" else "B"
+    unit = "FLOP" if axis == "flops" else "" if axis == "nonzeros" else "B"
     for prefix, factor in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(value) >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
-    return f"{value:.3g} {unit}"
+    return f"{value:.3g} {unit}".strip()

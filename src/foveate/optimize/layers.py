@@ -1,11 +1,12 @@
-"""`milp`: bits of each decoder layer's weights and tokens of each decoder layer, by mixed-integer programming.
+"""`milp`: bits, sparsity and visual tokens of each decoder layer, by mixed-integer programming.
 
 Each alternative of each layer is measured alone: the divergence of the next-token distribution from that of the dense
 model (Kullback-Leibler, mean over questions) with this one change. A programme then picks one alternative a layer, so
 that the sum of divergences is least and the counted limits hold. Source: Puzzle, arXiv 2411.19146 (blockwise scores
 and a mixed-integer programme); solver: HiGHS through scipy.optimize.milp. That changes of single layers add up is an
-assumption, so what comes out is measured like any recipe. Sparsity is no alternative here: zeros save nothing that is
-counted.
+assumption, so what comes out is measured like any recipe. A limit on bytes asks for bits, one on FLOPs or tokens for
+tokens, one on weights that are not zero for sparsity: its layers are scored by magnitude, and the shares are then tried
+with magnitude and with Wanda.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from foveate.recipe_text import parse_recipe
 
 BITS = (0, 8, 4, 3)
 RATES = (1.0, 0.75, 0.5, 0.25)
+RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8)
+PRUNERS = ("magnitude", "wanda")
 SHARES = (1.0, 0.95, 0.9, 0.8, 0.7)
 """Parts of each limit that programmes are solved for: sums of divergences are guesses, so several are measured."""
 
@@ -58,7 +61,8 @@ def allocate(
 
 @dataclass
 class MilpStrategy(_Pooled):
-    """All programmes at once: for each share of the limits one recipe of bits, one of tokens, and both together."""
+    """All programmes at once: for each share of the limits one recipe of bits, one of tokens, two of sparsity, and what
+    is limited together."""
 
     context: Context
 
@@ -71,8 +75,9 @@ class MilpStrategy(_Pooled):
         """The solved recipes, those that fit first."""
         found: dict[str, None] = {}
         for share in SHARES:
-            bits, rates = self._bits(share), self._rates(share)
-            for parts in ([bits], [rates], [rates, bits]):
+            bits, rates, ratios = self._bits(share), self._rates(share), self._ratios(share)
+            pruned = [f"layered(shares=[{ratios}], pruner={pruner})" for pruner in PRUNERS] if ratios else [""]
+            for parts in ([bits], [rates], *([p] for p in pruned), *([rates, p, bits] for p in pruned)):
                 texts = [part for part in parts if part]
                 if texts:
                     found[" + ".join(method.text() for text in texts for method in parse_recipe(text))] = None
@@ -122,6 +127,27 @@ class MilpStrategy(_Pooled):
         return f"mixed(bits=[{', '.join(str(BITS[i]) for i in chosen)}])"
 
     @cached_property
+    def _ratio_scores(self) -> tuple[np.ndarray, np.ndarray]:
+        """Divergence and weights left of each (layer, ratio), the weights against dense."""
+        layers, dense = self.context.bench.layers(), self.context.dense.nonzeros or 0.0
+        texts = [[_one_pruned(layers, layer, ratio) for ratio in RATIOS] for layer in range(layers)]
+        left = [[(self.context.cost(text).nonzeros or 0.0) if text else dense for text in row] for row in texts]
+        return self._scores(texts), np.array(left) - dense
+
+    def _ratios(self, share: float) -> str:
+        """The share of zeros of each layer; "" where no limit asks for zeros."""
+        dense = self.context.dense
+        limit = next((limit for limit in self.context.budget.limits if limit.axis == "nonzeros"), None)
+        bound = limit.bound(dense) if limit else None
+        if bound is None or dense.nonzeros is None:
+            return ""
+        scores, change = self._ratio_scores
+        chosen = allocate(scores, [change], [share * bound - dense.nonzeros])
+        if chosen is None:  # not even the emptiest layers are few enough weights: as few as there are
+            chosen = [len(RATIOS) - 1] * len(scores)
+        return ", ".join(str(RATIOS[i]) for i in chosen)
+
+    @cached_property
     def _rate_scores(self) -> np.ndarray:
         layers = self.context.bench.layers()
         texts = [[_one_drop(layers, layer, rate) for rate in RATES] for layer in range(1, layers)]
@@ -155,6 +181,12 @@ def _one_layer(layers: int, layer: int, bits: int) -> str:
         return ""
     numbers = ", ".join(str(bits if i == layer else 0) for i in range(layers))
     return f"mixed(bits=[{numbers}])"
+
+
+def _one_pruned(layers: int, layer: int, ratio: float) -> str:
+    if not ratio:
+        return ""
+    return f"layered(shares=[{', '.join(str(ratio if i == layer else 0.0) for i in range(layers))}], pruner=magnitude)"
 
 
 def _one_drop(layers: int, layer: int, rate: float) -> str:

@@ -418,7 +418,7 @@ def _row(
 
 def cost_dict(cost: Cost) -> dict[str, float | None]:
     """All axes for JSON."""
-    names = ("flops", "bytes", "tokens", "ttft_ms", "tpot_ms", "throughput", "size", "memory")
+    names = ("flops", "bytes", "tokens", "ttft_ms", "tpot_ms", "throughput", "size", "memory", "nonzeros")
     return {name: getattr(cost, name) for name in names}
 
 

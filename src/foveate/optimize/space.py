@@ -69,7 +69,7 @@ def _evenly(n: int, most: int) -> list[int]:
 
 GROUPS = (16, 8, 0)
 """Sizes of a group that are tried where a method's own does not divide the inputs of a layer; 0 is one for a row."""
-CALIBRATED = "calibrated: tried in the place of an uncalibrated method of as many bits; --add it to search it"
+CALIBRATED = "calibrated: tried in the place of an uncalibrated method of as many bits or zeros; --add it to search it"
 
 
 def fitting(vlm: VLM, names: Sequence[str] | None = None) -> tuple[list[type], dict[str, str]]:
@@ -253,18 +253,24 @@ def _fits(method: Any, vlm: VLM) -> bool:
 
 
 def upgrades(vlm: VLM, recipe: str, most: int) -> list[str]:
-    """The recipe with its uncalibrated weight method replaced by calibrated ones of as many bits, up to `most`."""
+    """The recipe with its uncalibrated weight method replaced by up to `most` calibrated ones as small."""
     parsed, found = Recipe.parse(recipe), []
-    plain = next((m for m in parsed.of("weights") if hasattr(m, "bits") and not getattr(m, "needs_data", False)), None)
-    if plain is None or not isinstance(plain.bits, int):
+    free = [method for method in parsed.of("weights") if not getattr(method, "needs_data", False)]
+    plain = next((m for m in free if isinstance(getattr(m, "bits", None), int) or m.name == "magnitude"), None)
+    if plain is None:
         return []
+    key = "sparsity" if plain.name == "magnitude" else "bits"
     for name in METHODS.names():
         method = METHODS.get(name)
         known = method.parameters()
-        if method.socket != "weights" or not getattr(method, "needs_data", False) or "bits" not in known:
+        if method.socket != "weights" or not getattr(method, "needs_data", False) or key not in known:
+            continue
+        if key == "sparsity" and not getattr(method, "searched", True):
             continue
         params = {
-            key: getattr(plain, key) for key in ("bits", "group", "parts") if key in known and hasattr(plain, key)
+            key: getattr(plain, key)
+            for key in ("bits", "group", "sparsity", "parts")
+            if key in known and hasattr(plain, key)
         }
         try:
             better = Recipe(tuple(method.from_params(params) if m is plain else m for m in parsed))

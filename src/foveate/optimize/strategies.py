@@ -108,7 +108,7 @@ class Context:
 
     def _saving(self, text: str) -> float:
         cost, saved = self.cost(text), 0.0
-        for axis in ("flops", "bytes", "tokens"):
+        for axis in ("flops", "bytes", "tokens", "nonzeros"):
             before, after = self.dense.get(axis), cost.get(axis)
             if before and after:
                 saved += float(np.log(before / after))

@@ -21,7 +21,7 @@ from foveate.optimize.study import Study
 from foveate.optimize.times import Times
 from foveate.recipe import Recipe
 from foveate.vlm import VLM, Request
-from foveate.weights.base import module_bytes
+from foveate.weights.base import Pruner, module_bytes
 
 if TYPE_CHECKING:
     from foveate.data.plan import Plan
@@ -62,11 +62,13 @@ class ModelWorkbench(Answers):
         self._only = methods is not None
         self._choices = {"pin": pin, "forbid": forbid, "add": add}
         self._space: Space | None = None
-        self._wants_hints = any(axis in HINTED for axis in (budget.axes if budget else ()))
+        self._limited = budget.axes if budget else []
+        self._wants_hints = any(axis in HINTED for axis in self._limited)
         self._on = f" on {time_on}" if time_on else ""
         self._times = Times(vlm, [question.item.messages for question in self.choose.questions], time_on)
         self._shape = costs.ModelShape.from_config(vlm.model.config, vlm.spec)
         self._weight_bytes: dict[str, int] = {}
+        self._parameters, self._zeros = 0, {"": 0}
         self._kv_bytes: dict[str, float] = {}
         self._work: dict[str, dict[str, float]] = {}
         self._counts: dict[costs.Request, float] = {}
@@ -102,7 +104,7 @@ class ModelWorkbench(Answers):
 
     def _saves(self, text: str, dense: Cost, asked: set[str], useless: dict[str, str]) -> bool:
         """Whether a setting makes anything cheaper that is counted; if not the reason is in `useless`, unless the user
-        asked for it. Zeros among dense weights, for example, cost as much as other weights."""
+        asked for it. Zeros among dense weights cost as much as other weights, unless the budget limits their number."""
         if text in asked or name_of(text) in asked or name_of(text) == "random":
             return True
         try:
@@ -110,7 +112,8 @@ class ModelWorkbench(Answers):
         except FoveateError as error:
             useless[name_of(text)] = str(error)
             return False
-        saves = any((cost.get(a) or 0) < 0.999 * (dense.get(a) or 0) for a in ("flops", "bytes", "tokens", "memory"))
+        axes = ("flops", "bytes", "tokens", "memory", *(axis for axis in ("nonzeros",) if axis in self._limited))
+        saves = any((cost.get(a) or 0) < 0.999 * (dense.get(a) or 0) for a in axes)
         if not saves:
             useless.setdefault(name_of(text), f"{text} makes nothing cheaper that is counted; --add it to try it")
         return saves
@@ -132,6 +135,7 @@ class ModelWorkbench(Answers):
             work["tokens"],
             size=float(weights),
             memory=weights + cache + work["activations"],
+            nonzeros=float(self._nonzeros(parsed)),
             parts=parts,
             hints=self._times.hints(recipe) if self._wants_hints else {},
         )
@@ -178,6 +182,17 @@ class ModelWorkbench(Answers):
             else:
                 self._weight_bytes[key] = module_bytes(self.vlm.model)
         return self._weight_bytes[key]
+
+    def _nonzeros(self, recipe: Recipe) -> int:
+        """Weights of the model that its pruners leave."""
+        if not self._parameters:
+            self._parameters = sum(p.numel() for p in self.vlm.model.parameters())
+        pruners = [method for method in recipe.of("weights") if isinstance(method, Pruner)]
+        key = Recipe(tuple(pruners)).text()
+        if key not in self._zeros:
+            parts = self.vlm.adapter.parts()
+            self._zeros[key] = sum(pruner.zeros(parts) for pruner in pruners)
+        return self._parameters - self._zeros[key]
 
     def _per_token(self, recipe: Recipe) -> float:
         """Bytes of the cache for one token."""

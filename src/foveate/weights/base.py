@@ -153,6 +153,7 @@ class Pruner(CalibratedMethod):
 
     exclusive: ClassVar[str] = "sparsity"
     shown: ClassVar[tuple[str, ...]] = ("sparsity",)
+    space: ClassVar[dict[str, tuple[float, ...]]] = {"sparsity": (0.3, 0.5, 0.7)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -171,6 +172,15 @@ class Pruner(CalibratedMethod):
         if not (stay.isdigit() and of.isdigit() and 0 < int(stay) < int(of)):
             raise RecipeError(f"{self.name}: pattern is {self.pattern!r}; write how many stay of how many, like '2:4'")
         return int(of) - int(stay), int(of)
+
+    def share(self, name: str) -> float:
+        """What goes of the weights of the layer of this full name."""
+        return self.sparsity
+
+    def zeros(self, parts: dict[str, nn.Module]) -> int:
+        """How many weights of a model's parts become zero, but for rounding in each layer."""
+        layers = ((name, getattr(owner, attribute).weight) for name, owner, attribute in self.targets(parts))
+        return sum(round(self.share(name) * weight.numel()) for name, weight in layers)
 
     def check_layer(self, name: str, linear: nn.Linear) -> None:
         _, of = self.drop_of

@@ -76,5 +76,11 @@ class Mixed(WeightMethod):
                 setattr(owner, attribute, rounding.empty(getattr(owner, attribute)))
 
     def _of(self, name: str) -> RTN | None:
-        found = _LAYER.search(f"{name}.")
-        return self.at(int(found[1])) if found and int(found[1]) < len(self.bits) else None
+        layer = decoder_layer(name)
+        return self.at(layer) if layer is not None and layer < len(self.bits) else None
+
+
+def decoder_layer(name: str) -> int | None:
+    """The number of the decoder layer in a module's full name, None outside the layers."""
+    found = _LAYER.search(f"{name}.")
+    return int(found[1]) if found else None
