@@ -36,6 +36,7 @@ PACKED = (
     "kivi(bits=4, group=4, window=8, value_bits=2)",
     "vidkv(group=8, window=16)",
     "vidkv(key_bits=1, value_bits=1, group=8, window=8)",
+    "vidkv(group=8, window=16, protect=0.5)",
     "vidkv(key_bits=2, value_bits=2, group=4, window=8)",
     "kvquant(bits=3)",
     "kvquant(bits=2, q_norm=true, outliers=0.05)",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from foveate.adapters.decoder import Recorder, Rotary, attention_mask, thinned
+from foveate.errors import UnsupportedError
 from foveate.llm_signals import LayerView
 from foveate.rows import Row, pad, places
 
@@ -84,7 +85,12 @@ class Ragged:
     # ---- the prompt
 
     def prefill(self) -> Tensor:
-        """Next-token logits [B, V] float32."""
+        """Next-token logits [B, V] float32. Raises UnsupportedError for a cache that looks at the prompt."""
+        if hasattr(self.cache, "see_prompt"):
+            raise UnsupportedError(
+                "this cache protects tokens of the prompt for all layers alike, so none may leave inside the language "
+                "model; give it protect=0.0, or reduce tokens before the language model"
+            )
         rows, device = self.rows, self.adapter.model.device
         ids, mask, positions, newlines = pad(rows, self.adapter)
         features = torch.cat([row.features for row in rows if row.kept] or [rows[0].features[:0]])

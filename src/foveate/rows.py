@@ -147,6 +147,27 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A request as the first layer sees it. embeddings: [n, D]; visual, text: places of features and of text tokens."""
+
+    embeddings: Tensor
+    visual: Tensor
+    text: Tensor
+
+
+def show_prompt(cache: Any, rows: Sequence[Row], embeddings: Tensor) -> None:
+    """Show the prompt [B, L, D], padded on the left, to a cache that looks at it (it has `see_prompt`)."""
+    if not hasattr(cache, "see_prompt"):
+        return
+    prompts = []
+    for row, padded in zip(rows, embeddings):
+        text = torch.ones(len(row), dtype=torch.bool)
+        text[row.where] = text[row.breaks] = False
+        prompts.append(Prompt(padded[padded.shape[0] - len(row) :], row.where, text.nonzero()[:, 0]))
+    cache.see_prompt(prompts)
+
+
+@dataclass(frozen=True)
 class _Kept:
     """The form of a reduction that only prunes."""
 

@@ -19,7 +19,7 @@ from foveate.encoder_site import encode_reduced
 from foveate.errors import BudgetError, CheckpointError
 from foveate.method import signal_for
 from foveate.ragged import Ragged
-from foveate.rows import Row, narrowed, pad
+from foveate.rows import Row, narrowed, pad, show_prompt
 
 if TYPE_CHECKING:
     from foveate.adapters.base import Adapter, Encoded
@@ -148,6 +148,7 @@ class Level:
         deep = [torch.cat([row.deep[i] for row in rows if row.kept]) for i in range(levels)]
         where = None if newlines is None else newlines.to(device)
         prompt = adapter.embed(ids.to(device), features, deep=deep, newlines=where)
+        show_prompt(self.cache, rows, prompt["inputs_embeds"])
         following = torch.tensor([row.next_position for row in rows], device=device)[:, None]
         self._position = following.expand(*positions.shape[:-1], 1)
         for row in rows:
