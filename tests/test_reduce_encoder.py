@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from families import picture, tiny
+from families import clip, picture, tiny
 from foveate.errors import RecipeError, UnsupportedError
 from foveate.reduce.base import Reducer, Reduction, tokens_per_layer, top_k
 from foveate.registry import METHODS
@@ -29,7 +29,8 @@ class Between(Reducer):
 
     def select(self, signals, layout):
         count = self.count(len(layout))
-        keep = top_k(signals["cls_attention"], count)
+        (signal,) = signals.values()
+        keep = top_k(signal, count)
         if not self.joining or count == len(layout):
             return Reduction(keep)
         gone = torch.ones(len(layout), dtype=torch.bool)
@@ -40,15 +41,17 @@ class Between(Reducer):
         return Reduction(keep, weights / weights.sum(1, keepdim=True))
 
     def steps(self, shape):
-        return (self.step("encoder", self.select, layer=self.block, signals=("cls_attention",), where=self.where),)
+        return (self.step("encoder", self.select, layer=self.block, signals=(SIGNAL,), where=self.where),)
 
 
+SIGNAL = "cls_attention|received_attention"
+FAMILIES = ("llava", "llava_next", "internvl", "smolvlm", "idefics3")
 MEDIA = {"one": picture(1, 50, 50), "tall": picture(2, 30, 90), "two": [picture(1, 50, 50), picture(3, 80, 40)]}
 
 
 @pytest.mark.parametrize("where", ["output", "mid"])
 @pytest.mark.parametrize("media", MEDIA)
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_keeping_all_is_the_identity_and_counts_are_exact(family, media, where):
     vlm = tiny(family)
     dense = vlm.logits(Request("what?", MEDIA[media]))
@@ -108,8 +111,99 @@ def test_merged_tokens_count_their_members_and_later_sites_follow():
         METHODS._entries.pop("between")
 
 
-def test_a_tower_whose_connector_joins_patches_says_so():
-    with pytest.raises(UnsupportedError, match=r"between acts at site 'encoder'.*serves"):
-        Between(keep=0.5).check(tiny("internvl"))
+@pytest.mark.parametrize("where", ["output", "mid"])
+@pytest.mark.parametrize("family", ["internvl", "smolvlm"])
+@torch.inference_mode()
+def test_the_patches_of_a_token_leave_together(family, where):
+    """Blocks run by hand: cells of 2 x 2 patches, scored by their mean, and the family's own code that joins them."""
+    vlm = tiny(family)
+    adapter, side = vlm.adapter, vlm.spec.side
+    request = Request("what?", MEDIA["one"], reduce=Between(keep=2, where=where))
+    plan = vlm.plan(request.to_messages())
+    hidden = adapter.tower_embed(vlm.prepare(plan), plan)
+    (row,) = rows_of(vlm, [request])
+    first, *others = adapter.blocks
+    facts, cls = adapter.attention_of(first), int(adapter.has_cls)
+    norm = first.layernorm_before if family == "internvl" else first.layer_norm1
+    q, k = (p(norm(hidden)).unflatten(-1, (4, -1)).transpose(1, 2) for p in _projections(first, family))
+    logits = (q @ k.transpose(-1, -2) * facts.scale).softmax(-1).mean(1)
+    seen = logits[:, 0, 1:] if cls else logits.mean(1)
+    scores = seen.view(-1, side // 2, 2, side // 2, 2).mean(dim=(2, 4)).flatten(1)
+    # a map whose four tokens' patches are told apart, so that only those of kept tokens may matter
+    numbers = torch.arange(side * side).view(side // 2, 2, side // 2, 2).transpose(1, 2).reshape(-1, 4)
+    parts, start = [], 0
+    for view, score in enumerate(scores):
+        keep = top_k(score, 2)
+        assert row.origin[start : start + 2].tolist() == (keep + view * len(score)).tolist()
+        start += 2
+        patches = numbers[keep].flatten().sort().values + cls
+        stays = torch.cat([torch.arange(cls), patches])
+        states = hidden[view : view + 1]
+        if where == "mid":
+            states = adapter.feed(first, adapter.attend(first, states)[:, stays])
+        else:
+            states = adapter.run_block(first, states)[:, stays]
+        for block in others:
+            states = adapter.run_block(block, states)
+        place = {int(patch) - cls: i for i, patch in enumerate(patches)}
+        finished = adapter.tower_finish(states)[0]
+        for token in keep.tolist():
+            # the family's own connector, on a whole map made of this token's patches over and over
+            cell = finished[[place[int(n)] for n in numbers[token]]].view(2, 2, -1)
+            whole = cell.repeat(side // 2, side // 2, 1)
+            parts.append(_connector(vlm, family, whole))
+    torch.testing.assert_close(row.features, torch.stack(parts), atol=1e-5, rtol=1e-5)
+
+
+def _projections(block, family):
+    if family == "internvl":
+        attention = block.attention
+        return (
+            lambda x: attention.q_norm(attention.q_proj(x)),
+            lambda x: attention.k_norm(attention.k_proj(x)),
+        )
+    return block.self_attn.q_proj, block.self_attn.k_proj
+
+
+def _connector(vlm, family, whole):
+    """The first token of transformers' own connector for a map [side, side, C]."""
+    inner = vlm.model.model
+    if family == "internvl":
+        shuffled = inner.pixel_shuffle(whole[None], scale_factor=vlm.model.config.downsample_ratio)
+        return inner.multi_modal_projector(shuffled.flatten(1, 2))[0, 0]
+    return inner.connector(whole.flatten(0, 1)[None])[0, 0]
+
+
+@pytest.mark.parametrize("method", ["between", "tome"])
+@pytest.mark.parametrize("family", ["internvl", "smolvlm", "llava_next"])
+def test_rows_of_a_batch_answer_as_they_do_alone(family, method):
+    reducers = {"between": (Between(keep=0.4), Between(keep=0.7, where="mid")), "tome": ("tome(keep=0.5)", None)}
+    first, second = reducers[method]
+    vlm = tiny(family)
+    clip_or_picture = clip(0) if vlm.adapter.takes_clips else MEDIA["tall"]
+    requests = [
+        Request("what is it?", MEDIA["two"], reduce=first),
+        Request("who?", MEDIA["one"]),
+        Request("and?", clip_or_picture, reduce=second or first),
+        Request("no picture at all", reduce=first),
+    ]
+    for together, request in zip(vlm.answer(requests, 3), requests):
+        alone = vlm.respond(request, 3)
+        assert (together.ids, together.kept) == (alone.ids, alone.kept)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [("nvila", "several scales"), ("llava_onevision", "resized"), ("qwen2_5_vl", "windows"), ("qwen3_vl", "deepstack")],
+)
+def test_a_tower_whose_tokens_cannot_leave_says_why_and_what_to_use(family, why):
+    with pytest.raises(
+        UnsupportedError, match=rf"between acts at site encoder.*\(.*{why}.*\).*Try 'visionzip'"
+    ) as error:
+        Between(keep=0.5).check(tiny(family))
+    assert "\n" not in str(error.value)
+
+
+def test_a_block_that_there_is_not():
     with pytest.raises(RecipeError, match="block 7 of the encoder"):
         Between(keep=0.5, block=7).check(tiny("llava"))

@@ -1,8 +1,9 @@
 """Visual tokens that leave or merge between the blocks of the vision encoder, view by view.
 
-For towers of plain attention blocks whose connector works patch by patch. A view's tokens are the patches that become
-visual tokens; CLS and patches of padding pass all blocks and are never offered to a method. Views that have kept
-equally many states run together.
+For towers of plain attention blocks whose connector makes each token of its own patches: of one, or of a cell of them
+that is joined (InternVL, SmolVLM). The patches of a token leave together; two tokens that merge do so patch by patch,
+each with the one at its place in the other cell. CLS and patches of padding pass all blocks and are never offered to a
+method. Views that have kept equally many states run together.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class View:
-    """One encoded view: states [T, C], the places [n] of its tokens among them, the tokens' numbers [n] among the
-    request's features, where they come from, and signals of blocks that have run, [n, ...] each."""
+    """One encoded view: states [T, C], the places [n, r] of its tokens' patches among them, the tokens' numbers [n]
+    among the request's features, where they come from, and signals of blocks that have run, [n, ...] each."""
 
     hidden: Tensor
     places: Tensor
@@ -42,12 +43,13 @@ class View:
         if not reduction.changes(len(self.places)):
             return
         keep = reduction.keep.cpu()
-        merged = reduction.apply(self.hidden[self.places.to(self.hidden.device)])
+        cells = self.hidden[self.places.to(self.hidden.device)]  # [n, r, C]
+        merged = reduction.apply(cells.flatten(1))
         stays = torch.ones(len(self.hidden), dtype=torch.bool)
         stays[self.places] = False
         stays[self.places[keep]] = True
         hidden = self.hidden.clone()
-        hidden[self.places[keep].to(hidden.device)] = merged
+        hidden[self.places[keep].to(hidden.device)] = merged.view(-1, *cells.shape[1:])
         self.hidden = hidden[stays.to(hidden.device)]
         order = keep.argsort()
         keep = keep[order]
@@ -64,10 +66,12 @@ class View:
 def encode_reduced(
     adapter: Any, inputs: Inputs, plan: Plan, steps: Sequence[Step], signals: Collection[str] = ()
 ) -> Encoded:
-    """The features [K, C] of one request as the connector takes them, after `steps` between the encoder's blocks.
+    """The features [K, r * C] of one request as `connect` takes them, after `steps` between the encoder's blocks.
 
     signals: what steps after the encoder need. `Encoded.layout` says which tokens are left, ascending.
     """
+    if not plan.media:
+        return adapter.encode([inputs], [plan])[0]
     hidden = adapter.tower_embed(inputs, plan)
     whole = adapter.layout(plan).features()
     index = adapter.view_index(plan)
@@ -76,13 +80,14 @@ def encode_reduced(
     for number, states in enumerate(hidden):
         mine = (index[:, 0] == number).nonzero().flatten()
         mine = mine[index[mine, 1].argsort()]
-        views.append(View(states, index[mine, 1] + first, mine, whole[mine]))
+        views.append(View(states, adapter.cells[index[mine, 1]] + first, mine, whole[mine]))
     wanted = asked(signals, adapter.signals, adapter.num_blocks)
     for number, block in enumerate(adapter.blocks):
         here = [step for step in steps if step.layer == number]
         _run(adapter, block, views, here, [ask for ask in wanted if ask.block == number])
     order = torch.cat([view.numbers for view in views]).argsort()
-    features = torch.cat([adapter.tower_finish(view.hidden[None])[0][_rows(view, first)] for view in views])
+    finished = [adapter.tower_finish(view.hidden[None])[0] for view in views]
+    features = torch.cat([states[_rows(view, first)].flatten(1) for states, view in zip(finished, views)])
     layout = VisualLayout.join([view.layout for view in views])[order]
     found = {ask.name: torch.cat([view.signals[ask.name] for view in views]) for ask in wanted}
     where = order.to(features.device)
@@ -103,7 +108,7 @@ def _run(adapter: Any, block: Any, views: list[View], steps: Sequence[Step], wan
         group = [view for view in views if len(view.hidden) == length]
         entered = torch.stack([view.hidden for view in group])
         with capture(watched) as seen:
-            states = _attend(block, entered) if mid else adapter.run_block(block, entered)
+            states = adapter.attend(block, entered) if mid else adapter.run_block(block, entered)
         for position, view in enumerate(group):
             view.hidden = states[position]
             if not watched:
@@ -118,23 +123,18 @@ def _run(adapter: Any, block: Any, views: list[View], steps: Sequence[Step], wan
     if mid:
         for length in sorted({len(view.hidden) for view in views}):
             group = [view for view in views if len(view.hidden) == length]
-            states = torch.stack([view.hidden for view in group])
-            states = states + block.mlp(block.layer_norm2(states))
+            states = adapter.feed(block, torch.stack([view.hidden for view in group]))
             for position, view in enumerate(group):
                 view.hidden = states[position]
 
 
-def _attend(block: Any, hidden: Tensor) -> Tensor:
-    """The first half of a block: attention and its residual."""
-    return hidden + block.self_attn(hidden_states=block.layer_norm1(hidden), attention_mask=None)[0]
-
-
 def _signal(adapter: Any, name: str, states: States, view: View, facts: Any, ask: Any = None) -> Tensor:
-    """A signal of this block for the tokens of one view: [n, ...], or [heads * d] of CLS itself."""
+    """A signal of this block for the tokens of one view: [n, ...], the mean over a token's patches; or [heads * d] of
+    CLS itself."""
     kind = name.partition("@")[0]
     value = measure(kind, states, facts.heads, facts.scale, adapter.has_cls)[0]
     if kind.startswith("cls_") and kind not in ("cls_attention", "cls_logits"):
         return value
     averaged = ask.averaged if ask is not None else kind in ("cls_attention", "received_attention")
-    value = value[_rows(view, 1 if adapter.has_cls else 0)]
+    value = value[_rows(view, 1 if adapter.has_cls else 0)].mean(dim=1)
     return value.mean(dim=-1) if averaged else value

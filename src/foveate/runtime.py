@@ -97,7 +97,7 @@ def stop_of(steps: Sequence[Step]) -> str:
 def select(adapter: Adapter, plan: Plan, encoded: Encoded, steps: Sequence[Step]) -> Row:
     """The prompt of one request after its steps outside the language model: tokens dropped or merged, positions set."""
     row = Row.open(adapter, plan, encoded.features, encoded.deep)
-    connected = stop_of(steps) == "post_projector"
+    connected = stop_of(steps) == "post_projector" or not row.visual
     signals = {name: value.to(adapter.model.device) for name, value in encoded.signals.items()}
     if encoded.layout is not None:
         row.narrow(encoded.layout, [step for step in steps if step.site == "encoder"][-1])

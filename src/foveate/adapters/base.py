@@ -49,12 +49,14 @@ class Encoded:
 class Adapter(ABC):
     """One family. `model` is its transformers model, `spec` its preprocessing.
 
-    family: name in `Method.adapters`. sites: where reducers may act (foveate.reduce.base.SITES).
+    family: name in `Method.adapters`. sites: where reducers may act (foveate.adapters.shape.SITES). no_encoder: why
+    "encoder" is not among them.
     """
 
     family: ClassVar[str]
     sites: ClassVar[tuple[str, ...]] = ("post_projector", "llm", "compute", "cache")
     has_cls: ClassVar[bool] = False
+    no_encoder: ClassVar[str] = ""
 
     def __init__(self, model: nn.Module, tokenizer: Any, spec: PreprocessSpec) -> None:
         self.model, self.tokenizer, self.spec = model, tokenizer, spec
@@ -144,6 +146,7 @@ class Adapter(ABC):
             self.signals,
             self.num_heads,
             self.text_config.num_attention_heads,
+            self.no_encoder,
         )
 
     @property

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from foveate.adapters.base import Adapter
 from foveate.adapters.sizes import Sizes
 from foveate.adapters.tower import Attention
 from foveate.adapters.views import ViewsAdapter
@@ -18,6 +20,7 @@ class InternVLAdapter(ViewsAdapter):
 
     family = "internvl"
     architecture = "InternVLForConditionalGeneration"
+    sites = ("encoder", *Adapter.sites)
 
     @classmethod
     def check_config(cls, config: Any) -> None:
@@ -69,11 +72,17 @@ class InternVLAdapter(ViewsAdapter):
             hidden = self.tower.layernorm(hidden)
         return super().finish(hidden)
 
-    def connect(self, features: Tensor) -> Tensor:
-        side = self.spec.side
-        maps = features.unflatten(1, (side, side))
-        shuffled = self.model.model.pixel_shuffle(maps, scale_factor=self.model.config.downsample_ratio)
-        return self.model.model.multi_modal_projector(shuffled.flatten(1, 2))
+    def attend(self, block: Any, hidden: Tensor) -> Tensor:
+        return block.lambda_1 * block.attention(block.layernorm_before(hidden))[0] + hidden
+
+    def feed(self, block: Any, hidden: Tensor) -> Tensor:
+        return block.lambda_2 * block.dropout(block.mlp(block.layernorm_after(hidden))) + hidden
+
+    @property
+    def cells(self) -> Tensor:
+        numbers = torch.arange(self.spec.side**2, dtype=torch.float32).view(1, self.spec.side, self.spec.side, 1)
+        shuffled = self.model.model.pixel_shuffle(numbers, scale_factor=self.model.config.downsample_ratio)
+        return shuffled[0].flatten(0, 1).long()
 
 
 def _normed(module: nn.Module) -> bool:

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 class LlavaOnevisionAdapter(LlavaNextAdapter):
     """LlavaOnevisionForConditionalGeneration.
 
-    Clips and very large pictures are resized after the connector, so what leaves must leave after it: there is no
-    "post_encoder" site. Signals take the same bilinear path as features.
+    Clips and very large pictures are resized after the connector, so what leaves must leave after it: there are no
+    sites before it. Signals take the same bilinear path as features.
     """
 
     family = "llava_onevision"
     architecture = "LlavaOnevisionForConditionalGeneration"
     sites: ClassVar[tuple[str, ...]] = ("post_projector", "llm", "compute", "cache")
+    no_encoder = "behind its encoder whole maps of large pictures and of frames are resized"
 
     def gather(self, values: Tensor, media: MediaPlan, where: VisualLayout) -> Tensor:
         side = self.spec.side

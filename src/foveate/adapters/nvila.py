@@ -32,6 +32,7 @@ class NvilaAdapter(Adapter):
     """NvilaForConditionalGeneration, from any published layout."""
 
     family = "nvila"
+    no_encoder = "behind its encoder maps of several scales are resized and joined, and clips are pooled over time"
 
     @classmethod
     def describe(cls, path: Path) -> tuple[Any, PreprocessSpec]:

@@ -33,6 +33,7 @@ class Qwen2VLAdapter(HfAdapter):
 
     family = "qwen2_vl"
     architecture = "Qwen2VLForConditionalGeneration"
+    no_encoder = "windows, rotary positions and deepstack features of its encoder are laid out for whole pictures"
     renames = (("visual.", "model.visual."), ("model.", "model."), ("lm_head.", "lm_head."))
 
     @classmethod

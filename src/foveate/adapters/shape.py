@@ -19,7 +19,7 @@ INSIDE = ("llm", "compute", "cache")
 class Shape:
     """blocks: encoder blocks that are used, with attention of `heads` (0: not known). layers: decoder layers, with
     attention of `text_heads`. cls: the encoder has a CLS token. sites: where reducers may act. signals: base names of
-    the encoder-side signals on offer, without "@block"."""
+    the encoder-side signals on offer, without "@block". no_encoder: why there is no site "encoder", if it is known."""
 
     blocks: int
     layers: int
@@ -28,6 +28,15 @@ class Shape:
     signals: tuple[str, ...] = ()
     heads: int = 0
     text_heads: int = 1
+    no_encoder: str = ""
+
+    def unserved(self, name: str, sites: Iterable[str]) -> str:
+        """One line for method `name`, none of whose `sites` is served: why, and what to use instead."""
+        why = f" ({self.no_encoder})" if self.no_encoder and "encoder" in sites else ""
+        return (
+            f"{name} acts at site {' or '.join(sites)}, which this model does not serve{why}; it serves "
+            f"{', '.join(self.sites)}. Try 'visionzip', 'uniform' or 'fastv'"
+        )
 
 
 def steps_of(reducers: Iterable[Any], shape: Shape) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.adapters.base import Adapter
 from foveate.adapters.sizes import Sizes
 from foveate.adapters.views import ViewsAdapter
 
@@ -17,6 +18,7 @@ class SmolVLMAdapter(ViewsAdapter):
     family = "smolvlm"
     architecture = "SmolVLMForConditionalGeneration"
     renames = ()
+    sites = ("encoder", *Adapter.sites)
     embedding = "model.text_model.embed_tokens.weight"
 
     @classmethod
@@ -53,8 +55,14 @@ class SmolVLMAdapter(ViewsAdapter):
     def finish(self, hidden: Tensor) -> Tensor:
         return self.tower.post_layernorm(hidden)
 
+    @property
+    def cells(self) -> Tensor:
+        numbers = torch.arange(self.spec.side**2, dtype=torch.float32)[None, :, None]
+        connector = self.model.model.connector
+        return connector.pixel_shuffle(numbers, connector.scale_factor)[0].long()
+
     def connect(self, features: Tensor) -> Tensor:
-        return self.model.model.connector(features)
+        return self.model.model.connector.modality_projection(features)
 
 
 class Idefics3Adapter(SmolVLMAdapter):

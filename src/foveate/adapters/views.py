@@ -80,12 +80,25 @@ class ViewsAdapter(HfAdapter):
         """One block, [n, T, C] -> [n, T, C]."""
         return block(hidden, None)
 
+    def attend(self, block: Any, hidden: Tensor) -> Tensor:
+        """The first half of a block: attention and its residual."""
+        return hidden + block.self_attn(hidden_states=block.layer_norm1(hidden), attention_mask=None)[0]
+
+    def feed(self, block: Any, hidden: Tensor) -> Tensor:
+        """The second half of a block: the MLP and its residual."""
+        return hidden + block.mlp(block.layer_norm2(hidden))
+
     def finish(self, hidden: Tensor) -> Tensor:
         """States after the last block -> patches [n, P, C] as the connector takes them."""
         return hidden[:, 1:] if self.has_cls else hidden
 
+    @property
+    def cells(self) -> Tensor:
+        """[T, r] int64: the patches of a view that each of its tokens is made of, in the order they are joined."""
+        return torch.arange(self.spec.side**2)[:, None]
+
     def connect(self, features: Tensor) -> Tensor:
-        """The connector: patches [..., P, C] -> tokens [..., T, D]; P = T where it works patch by patch."""
+        """The connector, token by token: the patches of each, one after the other, [..., r * C] -> [..., D]."""
         return self.model.model.multi_modal_projector(features)
 
     def pool(self, values: Tensor) -> Tensor:
@@ -128,7 +141,9 @@ class ViewsAdapter(HfAdapter):
             parts = self._per_request(patches, plans, layouts)
             features = list(self.connect(torch.cat(parts)).split([len(part) for part in parts]))
         else:
-            features = self._per_request(self.connect(patches), plans, layouts)
+            cells = self.cells
+            joined = patches if cells.shape[1] == 1 else patches[:, cells].flatten(2)
+            features = self._per_request(self.connect(joined), plans, layouts)
         out = [Encoded(part) for part in features]
         for ask in wanted:
             with charge("select", ask.name):
@@ -193,12 +208,12 @@ class ViewsAdapter(HfAdapter):
         return self.finish(hidden)
 
     def view_index(self, plan: Plan) -> Tensor:
-        """[N, 2] int64: (view, patch) that each token of `layout(plan).features()` comes from, views counted over all
-        pictures and clips of the request."""
+        """[N, 2] int64: (view, row of `cells`) that each token of `layout(plan).features()` comes from, views counted
+        over all pictures and clips of the request."""
         where = self.layout(plan).features()
         firsts = torch.tensor([0, *self._counts(plan)]).cumsum(0)
-        patch = where.row * self.spec.token_side + where.col
-        return torch.stack([firsts[where.media] + where.view, patch], dim=1)
+        cell = where.row * self.spec.token_side + where.col
+        return torch.stack([firsts[where.media] + where.view, cell], dim=1)
 
     def _counts(self, plan: Plan) -> Iterator[int]:
         return (len(media.views) for media in plan.media)

@@ -169,10 +169,7 @@ class Reducer(Method):
         """
         site = next((site for site in self.sites if site in shape.sites), None)
         if site is None:
-            raise UnsupportedError(
-                f"{self.name} acts at site {' or '.join(self.sites)}, which this model does not serve; it serves "
-                f"{', '.join(shape.sites)}"
-            )
+            raise UnsupportedError(shape.unserved(self.name, self.sites))
         return (self.step(site, self.select),)
 
     def step(self, site: str, select: Select, **changes: object) -> Step:
@@ -191,10 +188,7 @@ class Reducer(Method):
         adapter = vlm.adapter
         for step in self.steps(adapter.shape):
             if step.site not in adapter.sites:
-                raise UnsupportedError(
-                    f"{self.name} acts at site {step.site!r}, which the {adapter.family!r} adapter does not serve; it "
-                    f"serves {', '.join(adapter.sites)}. Try 'uniform' or 'fastv'"
-                )
+                raise UnsupportedError(adapter.shape.unserved(self.name, (step.site,)))
             if step.site == "encoder" and not 0 <= step.layer < adapter.num_blocks:
                 raise RecipeError(
                     f"{self.name} acts in block {step.layer} of the encoder; this one uses {adapter.num_blocks}, so "

@@ -6,8 +6,8 @@ its value (attention and value mean over heads); the cumulative score is half th
 How many leave a block follows from the target and from how even c is: even attention, few.
 
 Departures: each view follows its own entropy (the code takes the batch's largest count). On a tower without CLS, and
-where the connector merges patches of a square so that none may leave the encoder, the cumulative score of the last four
-used blocks is taken at the end and tokens leave once; there received attention takes the place of c + e when CLS is
+where no token may leave the encoder, the cumulative score of the last four used blocks is taken at the end and tokens
+leave once; there received attention takes the place of c + e when CLS is
 missing (the code's Qwen form uses the mean query, which is near).
 """
 

@@ -6,9 +6,10 @@ a mean weighted by the number of patches that each already stands for. CLS is ne
 `merge.bipartite`.
 
 Departures: r follows from `keep` and the number of used blocks, spread evenly; a block merges in several rounds where
-half is not enough. Attention inside the encoder does not weight tokens by their size. Where the connector merges
-patches of a square, so that none may leave the encoder, all rounds happen on the finished tokens, on the keys of the
-last used block. Tokens stay in sequence order: the language model, unlike the encoder, has positions that follow it.
+half is not enough. Attention inside the encoder does not weight tokens by their size. Where the connector joins cells
+of patches, cells merge, on the mean of their keys; where no token may leave the encoder, all rounds happen on the
+finished tokens, on the keys of the last used block. Tokens stay in sequence order: the language model, unlike the
+encoder, has positions that follow it.
 """
 
 from __future__ import annotations
