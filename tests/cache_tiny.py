@@ -7,6 +7,8 @@ import functools
 import torch
 from transformers import AutoModelForCausalLM, GlmConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
+from foveate.recipe import Recipe
+
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "glm": GlmConfig}
 PROMPT = 30
 
@@ -48,8 +50,18 @@ def decoder(family="llama", attn="sdpa", dtype=torch.float64):
     return AutoModelForCausalLM.from_config(config).to(dtype).eval().requires_grad_(False)
 
 
+def method(text):
+    (found,) = Recipe.parse(text)
+    return found
+
+
 def cache_of(model, method):
     return method.make(Host(model))
+
+
+def positions_of(mask):
+    """Position ids [B, L] of a padded prompt."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def prompt(pads):
@@ -63,7 +75,7 @@ def prompt(pads):
 def steps(model, cache, ids, mask, count=14, grown=False):
     """(logits [B, 1 + count, V] of the prompt's last token and of `count` fixed ones, the cache or the grown mask)."""
     mask = torch.ones_like(ids) if mask is None else mask
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = positions_of(mask)
     tokens = torch.randint(1, model.config.vocab_size, (count,), generator=torch.Generator().manual_seed(1))
     out = [model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits[:, -1]]
     for index, token in enumerate(tokens):
@@ -77,7 +89,7 @@ def steps(model, cache, ids, mask, count=14, grown=False):
 @torch.no_grad()
 def greedy(model, cache, ids, mask, count):
     """New ids [B, count] by the plain loop."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    positions = positions_of(mask)
     feed, out = ids, []
     for _ in range(count):
         logits = model(input_ids=feed, attention_mask=mask, position_ids=positions, past_key_values=cache).logits

@@ -106,3 +106,10 @@ def _signal(name: str, layout: VisualLayout, generator: torch.Generator) -> torc
     still = torch.randn(64, 64, WIDTH, generator=generator)[layout.row, layout.col]
     moving = (layout.row + layout.col) % 3 == 0
     return torch.where(moving[:, None], values, still + 0.1 * values)
+
+
+def dense(reduction, n):
+    """What a reduction of `n` tokens does, as a matrix [K, n]."""
+    if reduction.weights is None:
+        return torch.eye(n)[reduction.keep]
+    return reduction.weights.to_dense()
