@@ -2,9 +2,13 @@
 
     python benchmarks/plan.py --out benchmarks/results/plan_check.json
 
-Each preset has random weights and the published shape. The machine is calibrated first, in the same process. Times are
-medians of the stages of `foveate bench`, memory is the peak of a process of its own. Weight methods are left out: their
-kernels have rates of their own, which a calibration does not know.
+Each preset has random weights and the published shape. The machine is calibrated first, in the same process, and once
+more at the end: what its rates changed by in between is written down, because no plan can be better than that. Times
+are medians of the stages of `foveate bench`, memory is the peak of a process of its own.
+
+For figures to publish, on one core that nothing else uses:
+
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/plan.py
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +28,49 @@ from common import run_header, write_json
 import foveate
 from foveate.bench import cost
 from foveate.bench.calibrate import calibrate, measurements
+from foveate.bench.device import Device
 from foveate.bench.memory import Job, peak
 from foveate.bench.requests import Load, timed_request
+from foveate.bench.roofline import table
 from foveate.bench.timing import busy_machine, load_average, stolen, ticks
 from foveate.data.sample import media_parts
 from foveate.progress import progress
 from foveate.recipe import Recipe
 
-Case = tuple[str, str, tuple[int, int], int]
-CASES: tuple[Case, ...] = (
-    ("nano", "float32", (448, 448), 9),
-    ("nano", "bfloat16", (448, 448), 9),
-    ("smolvlm-256m", "bfloat16", (512, 512), 1),
-    ("llava-onevision-0.5b", "bfloat16", (384, 384), 1),
-    ("internvl2.5-1b", "bfloat16", (448, 448), 1),
+DENSE, REDUCED = ("",), ("uniform(keep=0.25)", "fastv(keep=0.25)")
+STORED = ("rtn(bits=8)", "rtn(bits=4)", "int8", "kivi(bits=4)")
+RECIPES = (*DENSE, *REDUCED, *STORED)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked of a preset. frames: a clip of so many pictures of `size` (width, height) instead of one picture.
+    held: the recipes whose memory is measured."""
+
+    preset: str
+    dtype: str
+    size: tuple[int, int]
+    frames: int | None = None
+    repeats: int = 1
+    recipes: tuple[str, ...] = RECIPES
+    held: tuple[str, ...] = ("", "uniform(keep=0.25)", "rtn(bits=4)")
+
+    def load(self) -> Load:
+        return Load(self.size, self.frames, prompt=PROMPT, new_tokens=NEW)
+
+    def label(self) -> dict[str, Any]:
+        """What a row says of its case."""
+        return {"preset": self.preset, "dtype": self.dtype, "size": list(self.size), "frames": self.frames}
+
+
+CASES = (
+    Case("nano", "float32", (448, 448), repeats=30),
+    Case("nano", "bfloat16", (448, 448), repeats=30),
+    Case("smolvlm-256m", "bfloat16", (512, 512), frames=1, repeats=2),
+    Case("llava-onevision-0.5b", "bfloat16", (384, 384), recipes=(*DENSE, *REDUCED, "int8")),
+    Case("internvl2.5-1b", "bfloat16", (448, 448)),
+    Case("nvila-lite-2b", "bfloat16", (448, 448)),
 )
-"""(preset, dtype, size of the picture, repeats)."""
-RECIPES = ("", "uniform(keep=0.25)", "fastv(keep=0.25)")
 PROMPT = "What is written on the sign above the door, and how many people stand under it?"
 NEW = 4
 
@@ -47,7 +78,7 @@ NEW = 4
 def predicted(vlm: foveate.VLM, device: Any, load: Load, recipe: str) -> dict[str, Any]:
     """What `foveate plan` says of this request."""
     content = [*media_parts(load.media(0)[:1]), {"type": "text", "text": load.prompt}]
-    plan = vlm.plan([{"role": "user", "content": content}])
+    plan = vlm.plan([{"role": "user", "content": content}], num_frames=load.frames)
     shape = cost.ModelShape.from_config(vlm.model.config, vlm.spec)
     request = cost.Request.from_plan(plan, shape, new=load.new_tokens)
     effect = cost.Effect.of(Recipe.parse(recipe)) if recipe else cost.Effect()
@@ -82,37 +113,64 @@ def compared(guess: dict[str, Any], real: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def calibrated(what: str) -> Device:
+    with progress(what, measurements()) as bar:
+        return calibrate("cpu", advance=bar.advance)
+
+
+def drift(first: Device, last: Device) -> dict[str, float]:
+    """What the best rates of the second calibration are, as multiples of the first."""
+    rates = {name: table(device) for name, device in (("first", first), ("last", last))}
+    return {f"{a[0]} {a[1]}": round(b[2] / a[2], 3) for a, b in zip(rates["first"], rates["last"])}
+
+
 def times(cases: list[Case], threads: int) -> Iterator[dict[str, Any]]:
     """What to write, growing: the calibrated machine, and a row for each preset and recipe."""
     torch.set_num_threads(threads)
     started = time.monotonic()
-    with progress("calibrate", measurements()) as bar:
-        device = calibrate("cpu", advance=bar.advance)
-    report = run_header() | {"machine": vars(device), "calibration_s": time.monotonic() - started, "rows": []}
-    with progress("plan", len(cases) * len(RECIPES)) as bar:
-        for preset, dtype, size, repeats in cases:
-            vlm = foveate.load(preset, random_weights=True, dtype=dtype, device="cpu")
-            load = Load(size, prompt=PROMPT, new_tokens=NEW)
-            for recipe in RECIPES:
+    device = calibrated("calibrate")
+    report = run_header() | {"machine": vars(device), "calibration_s": round(time.monotonic() - started, 1), "rows": []}
+    with progress("plan", sum(len(case.recipes) for case in cases)) as bar:
+        for case in cases:
+            vlm = foveate.load(case.preset, random_weights=True, dtype=case.dtype, device="cpu")
+            for recipe in case.recipes:
                 small = Recipe.parse(recipe).apply(vlm, quiet=True) if recipe else vlm
-                guess, real = predicted(vlm, device, load, recipe), measured(small, load, repeats)
-                row = {"preset": preset, "dtype": dtype, "size": list(size), "recipe": recipe, **real}
-                row |= {"stages": compared(guess, real), "bytes": guess["bytes"], "predicted_tokens": guess["tokens"]}
+                guess, real = predicted(vlm, device, case.load(), recipe), measured(small, case.load(), case.repeats)
+                row = case.label() | {"recipe": recipe, **real, "stages": compared(guess, real)}
+                row |= {"bytes": guess["bytes"], "predicted_tokens": guess["tokens"], "unmeasured": guess["unmeasured"]}
                 report["rows"].append(row)
                 report["seconds"] = round(time.monotonic() - started, 1)
-                bar.advance(now=f"{preset} {recipe}")
+                bar.advance(now=f"{case.preset} {recipe}")
                 yield report
-            del vlm, small
+                del small
+            del vlm
+    report["drift"] = drift(device, calibrated("calibrate again"))
+    report["seconds"] = round(time.monotonic() - started, 1)
+    yield report
 
 
 def peaks(cases: list[Case], threads: int) -> Iterator[dict[str, Any]]:
     """What to write, growing: peak bytes of each preset and recipe, by `key`."""
     found: dict[str, Any] = {}
-    for preset, dtype, size, _ in cases:
-        for recipe in RECIPES:
-            job = Job(preset, recipe, dtype, "cpu", True, (size,), PROMPT, new_tokens=NEW, threads=threads)
-            found[key(preset, dtype, recipe)] = peak(job)
-            yield {"peaks": found}
+    started = time.monotonic()
+    with progress("memory", sum(len(case.held) for case in cases)) as bar:
+        for case in cases:
+            for recipe in case.held:
+                job = Job(
+                    case.preset,
+                    recipe,
+                    case.dtype,
+                    "cpu",
+                    True,
+                    (case.size,),
+                    PROMPT,
+                    new_tokens=NEW,
+                    threads=threads,
+                    frames=case.frames,
+                )
+                found[key(case.preset, case.dtype, recipe)] = peak(job)
+                bar.advance(now=f"{case.preset} {recipe}")
+                yield {"peaks": found, "peaks_s": round(time.monotonic() - started, 1)}
 
 
 def key(preset: str, dtype: str, recipe: str) -> str:
@@ -127,7 +185,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/plan_check.json"))
     args = parser.parse_args()
 
-    cases = [case for case in CASES if not args.presets or case[0] in args.presets]
+    cases = [case for case in CASES if not args.presets or case.preset in args.presets]
     for part in (times, peaks):
         if args.only in (None, part.__name__):
             for found in part(cases, args.threads):

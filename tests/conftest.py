@@ -82,3 +82,16 @@ def tinies(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         yield {family: tiny(family, tmp_path_factory.mktemp(family), patch) for family in FAMILIES}
+
+
+@pytest.fixture
+def quick_calibration(monkeypatch):
+    """`foveate plan --calibrate` with few and small operations."""
+    from foveate.bench import calibrate, meter
+
+    for name in ("PRODUCTS", "READINGS"):
+        monkeypatch.setattr(calibrate, name, getattr(calibrate, name)[:2])
+    small = {"LENGTHS": (16, 32), "CACHED": (16, 32), "UNPACKED": (128, 64)}
+    for name, value in (small | {"WEIGHTS": ("rtn(bits=4)",), "CACHES": ("int8",)}).items():
+        monkeypatch.setattr(calibrate, name, value)
+    monkeypatch.setattr(meter, "READ", 1 << 16)

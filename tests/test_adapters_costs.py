@@ -15,8 +15,9 @@ from transformers import DynamicCache
 import foveate
 from families import FAMILIES, PRESETS, clip, picture, tiny
 from foveate.adapters.presets import build
-from foveate.bench.cost import ModelShape, flops, request_of_sizes
-from foveate.bench.cost import Request as Counts
+from foveate.bench.cost import ModelShape, flops
+from foveate.bench.counts import Request as Counts
+from foveate.bench.counts import request_of_sizes
 from foveate.cli import main
 from foveate.optimize import Budget, optimize
 from foveate.optimize.run import Effort

@@ -10,18 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from foveate.bench.cost import (
-    Effect,
-    ModelShape,
-    Request,
-    connector_linears,
-    estimate,
-    flops,
-    kv_bytes,
-    request_of_sizes,
-    weights,
-)
+from foveate.bench.cost import Effect, ModelShape, Request, estimate, flops, kv_bytes, weights
+from foveate.bench.counts import request_of_sizes
 from foveate.bench.device import Device, devices
+from foveate.bench.shape import connector_linears
 from foveate.data.plan import plan
 from foveate.data.spec import PreprocessSpec
 from foveate.effect import cache_bytes_per_token

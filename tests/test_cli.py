@@ -254,13 +254,10 @@ def test_plan_as_text_and_its_mistakes(run):
     assert layers in run("plan", "nano", "--image", "96x64", "--recipe", "fastv(keep=0.25, layer=2)")[1]
 
 
-def test_plan_calibrates_this_machine_and_finds_it_again(run, monkeypatch, tmp_path):
+def test_plan_calibrates_this_machine_and_finds_it_again(run, monkeypatch, tmp_path, quick_calibration):
     from foveate.bench import calibrate
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(calibrate, "PRODUCTS", calibrate.PRODUCTS[:2])
-    monkeypatch.setattr(calibrate, "LENGTHS", (16, 32))
-    monkeypatch.setattr(calibrate, "READ", 1 << 16)
     real = calibrate.calibrate
     monkeypatch.setattr(calibrate, "calibrate", lambda **options: real("cpu", seconds=0.0, **options))
     fails(run("plan", "nano", "--device", "here"), "--calibrate")
@@ -269,6 +266,9 @@ def test_plan_calibrates_this_machine_and_finds_it_again(run, monkeypatch, tmp_p
     assert code == 0 and "this machine" in out and "matrix products, bfloat16" in err and str(tmp_path) in err
     for device in ((), ("--device", "here"), ("--device", "this-machine")):
         assert json.loads(run("plan", "nano", *device, "--json")[1])["device"] == "this-machine"
+    assert "with Python and its libraries" in run("plan", "nano")[1] and "note:" not in run("plan", "nano")[1]
+    odd = run("plan", "nano", "--recipe", "rtn(bits=3)")[1]
+    assert "note: what QuantizedLinear 3 takes was not measured here" in odd
     assert "this-machine" in run("plan", "--device", "list")[1]
     fails(run("plan", "nano", "--dtype", "float16"), "float16", "not measured")
     fails(run("plan", "nano", "--frames", "900"), "tokens", "nano takes")

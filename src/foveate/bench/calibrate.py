@@ -1,7 +1,14 @@
-"""What this machine reaches, measured in seconds: products, attention, reading, single values, overhead of a block.
+"""`foveate plan --calibrate`: what this machine reaches, measured in under a minute and kept for later plans.
 
-Rates are those of the faster quarter of the repeats: what else the machine does while it is measured hardly counts, and
-the best of all would promise too much.
+Linear layers and attentions of growing size, because a small one reaches a fraction of the rate of a large one; the
+bandwidth of matrices that one token passes through, small ones and ones that fit no cache; operations on single values
+at the size of an MLP's activations; an activation function; what layers and caches of recipes take more than dense
+ones; and what a request to a very small model takes beyond all this, which is overhead. Each is the time at the faster
+quartile: other users of the machine only ever slow it down.
+
+Weights hold repeated rows, since random numbers take long to make; what they hold changes no time. Denormal numbers
+would, and zeros might on machines that skip them: none are used. Activations of layers that run one after another lie
+in caches now and then; measured alone they come from memory, so small models are predicted a little too slow.
 """
 
 from __future__ import annotations
@@ -14,6 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foveate.bench.device import Device, calibration_file
+from foveate.bench.meter import Meter
+from foveate.bench.overhead import DEPTHS, held, with_overhead
 from foveate.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,14 +39,22 @@ PRODUCTS = (
     (1536, 1024, 4096),
 )
 """(rows, inputs, outputs) of the linear layers that are timed, small ones first."""
+READINGS = ((64, 64), (128, 320), (896, 128), (896, 896), (1024, 4096), (1024, 131072))
+"""(inputs, outputs) of the linear layers that one token passes through."""
 LENGTHS = (64, 256, 768, 1536)
-"""Tokens of the attentions that are timed, with 14 heads of 64."""
-READ = 1 << 28
-"""Bytes of the weights of one reading, more than caches hold."""
+"""Tokens of the attentions that are timed."""
+WEIGHTS = ("rtn(bits=2)", "rtn(bits=3)", "rtn(bits=4)", "rtn(bits=8)", "smoothquant", "fp8_weights")
+"""Recipes whose layers are timed: one for each kind."""
+CACHES = ("int8", "fp8", "kivi(bits=2)", "kivi(bits=4)")
+"""Recipes whose cache layers are timed."""
+CACHED = (256, 1280)
+"""Tokens of those caches."""
+UNPACKED = (1024, 4096)
+"""(inputs, outputs) of those layers."""
 
 
 def calibrate(device: str = "auto", *, seconds: float = 0.15, advance: Callable[[], None] | None = None) -> Device:
-    """This machine's rates by dtype. device: of torch. seconds: for each of some fifty measurements; a GPU's queue is
+    """This machine's rates by dtype. device: of torch. seconds: for each of some hundred measurements; a GPU's queue is
     drained around each. advance: called after each measurement. Raises UnsupportedError for a device there is not."""
     import torch
 
@@ -45,41 +62,65 @@ def calibrate(device: str = "auto", *, seconds: float = 0.15, advance: Callable[
     from foveate.vlm import _device
 
     where = _device(device)
-    dtypes = ["float32", "bfloat16"] + (["float16"] if where.type == "cuda" else [])
-    meter = _Meter(where, seconds, advance or (lambda: None))
-    found: dict[str, dict[str, Any]] = {name: {} for name in ("gemm", "attention", "attention_full")}
-    stream, bandwidth, activation, block, call = ({} for _ in range(5))
-    with torch.inference_mode():
-        for name in dtypes:
-            dtype = getattr(torch, name)
-            found["gemm"][name] = _curve(meter.product(m, i, o, dtype) for m, i, o in PRODUCTS)
-            found["attention"][name] = _curve(meter.attention(n, dtype, True) for n in LENGTHS)
-            found["attention_full"][name] = _curve(meter.attention(n, dtype, False) for n in LENGTHS)
-            bandwidth[name], stream[name] = meter.reading(dtype), meter.values(dtype)
-            activation[name] = meter.activation(dtype)
-            for kind, make in (("tower", _small_tower), ("llm", _small_llm)):
-                block[f"{kind} {name}"], call[f"{kind} {name}"] = meter.blocks(make, dtype)
+    meter = Meter(where, seconds, advance or (lambda: None))
+    names = _dtypes(where.type == "cuda")
+    process = 0.0 if where.type == "cuda" else held(where, [getattr(torch, name) for name in names])
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        for kind, value in _rates(meter, getattr(torch, name)).items():
+            own = {name: value} if kind not in ("unpacking", "caching") else value
+            found.setdefault(kind, {}).update(own)
     about, versions = machine()
     label = f"{about['gpu'] if where.type == 'cuda' else about['cpu']}"
     threads = "" if where.type == "cuda" else f", {about['threads']} threads"
-    return Device(
+    made = Device(
         "this-machine",
         f"this machine ({label}{threads})",
         {name: max(rate for _, rate in points) for name, points in found["gemm"].items()},
-        bandwidth,
+        {name: max(rate for _, rate in points) for name, points in found["reading"].items()},
         {"flops": 1.0, "bandwidth": 1.0},
         f"measured {time.strftime('%Y-%m-%d %H:%M')}, torch {versions['torch']}, load {about['load']:g} a core",
-        stream=stream,
-        activation=activation,
-        block_ms=block,
-        call_ms=call,
+        process=process,
         **found,
     )
+    for name in names:
+        made = with_overhead(made, meter, getattr(torch, name), (*WEIGHTS, *CACHES))
+    return made
+
+
+def _dtypes(cuda: bool) -> list[str]:
+    return ["float32", "bfloat16"] + (["float16"] if cuda else [])
 
 
 def measurements(cuda: bool = False) -> int:
     """How often `calibrate` calls `advance`."""
-    return (3 if cuda else 2) * (len(PRODUCTS) + 2 * len(LENGTHS) + 3 + 4)
+    one = len(PRODUCTS) + 3 * len(LENGTHS) + len(READINGS) + 2 + 3 * len(WEIGHTS) + 5 * len(CACHES) + len(DEPTHS) + 1
+    return len(_dtypes(cuda)) * one
+
+
+def _rates(meter: Meter, dtype: torch.dtype) -> dict[str, Any]:
+    """Fields of a `Device` for one dtype."""
+    import torch
+
+    from foveate.bench.roofline import cache_kind
+    from foveate.recipe import Recipe
+
+    name = str(dtype).removeprefix("torch.")
+    with torch.inference_mode():
+        found = {
+            "gemm": sorted(meter.product(*size, dtype) for size in PRODUCTS),
+            "reading": sorted(meter.reading(*size, dtype) for size in READINGS),
+            "attention": [meter.attention(tokens, dtype, True) for tokens in LENGTHS],
+            "attention_full": [meter.attention(tokens, dtype, False) for tokens in LENGTHS],
+            "attention_one": [meter.query(tokens, dtype) for tokens in LENGTHS],
+            "stream": meter.values(dtype),
+            "activation": meter.activation(dtype),
+        }
+        layers = [meter.unpacking(Recipe.parse(text).of("weights")[0], dtype, *UNPACKED) for text in WEIGHTS]
+        caches = [Recipe.parse(text).of("cache")[0] for text in CACHES]
+        found["unpacking"] = {f"{kind} {name}": rate for kind, rate in layers}
+        found["caching"] = {f"{cache_kind(one)} {name}": meter.caching(one, dtype, CACHED) for one in caches}
+    return found
 
 
 def store(device: Device, path: Path | None = None) -> Path:
@@ -95,133 +136,3 @@ def store(device: Device, path: Path | None = None) -> Path:
         temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}; set XDG_CACHE_HOME to a folder of yours") from None
     return path
-
-
-def _curve(points: Any) -> list[list[float]]:
-    """[[FLOPs, FLOP/s], ...], ascending."""
-    return sorted([float(flop), flop / spent] for flop, spent in points)
-
-
-class _Meter:
-    """Times single operations on one device."""
-
-    def __init__(self, where: torch.device, seconds: float, advance: Callable[[], None]) -> None:
-        self.where, self.seconds, self.advance = where, seconds, advance
-
-    def seconds_of(self, run: Callable[[], Any]) -> float:
-        """Seconds of `run` at the faster quartile, short ones taken several at a time."""
-        self._timed(run, 1)
-        once = self._timed(run, 1)
-        inside = max(1, int(0.01 / max(once, 1e-7)))
-        times, end = [], time.perf_counter() + self.seconds
-        while time.perf_counter() < end or len(times) < 4:
-            times.append(self._timed(run, inside) / inside)
-        self.advance()
-        return sorted(times)[len(times) // 4]
-
-    def _timed(self, run: Callable[[], Any], count: int) -> float:
-        self._drain()
-        start = time.perf_counter()
-        for _ in range(count):
-            run()
-        self._drain()
-        return time.perf_counter() - start
-
-    def _drain(self) -> None:
-        if self.where.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize(self.where)
-
-    def _noise(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
-        import torch
-
-        return torch.randn(size, device=self.where).to(dtype)
-
-    def product(self, rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> tuple[int, float]:
-        """(FLOPs, seconds) of a linear layer."""
-        import torch.nn.functional as F
-
-        x, weight = self._noise(rows, inputs, dtype=dtype), self._noise(outputs, inputs, dtype=dtype)
-        return 2 * rows * inputs * outputs, self.seconds_of(lambda: F.linear(x, weight))
-
-    def attention(self, tokens: int, dtype: torch.dtype, causal: bool) -> tuple[int, float]:
-        """(FLOPs, seconds) of an attention; of a causal one the pairs that count."""
-        import torch.nn.functional as F
-
-        q, k, v = (self._noise(1, 14, tokens, 64, dtype=dtype) for _ in range(3))
-        pairs = tokens * (tokens + 1) // 2 if causal else tokens * tokens
-        spent = self.seconds_of(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=causal))
-        return 4 * 14 * 64 * pairs, spent
-
-    def reading(self, dtype: torch.dtype) -> float:
-        """Bytes per second of weights that one token passes through."""
-        import torch.nn.functional as F
-
-        outputs = READ // dtype.itemsize // 1024
-        few = max(1, outputs // 256)  # random numbers take longer to make than to read
-        x, weight = self._noise(1, 1024, dtype=dtype), self._noise(few, 1024, dtype=dtype).repeat(outputs // few, 1)
-        return weight.nbytes / self.seconds_of(lambda: F.linear(x, weight))
-
-    def values(self, dtype: torch.dtype) -> float:
-        """Bytes per second that a product of single values reads and writes, at the size of an MLP's activations."""
-        x, y = (self._noise(1024, 4096, dtype=dtype) for _ in range(2))
-        return 3 * x.nbytes / self.seconds_of(lambda: x * y)
-
-    def activation(self, dtype: torch.dtype) -> float:
-        """Values per second of an activation function, at the size of an MLP's activations."""
-        import torch.nn.functional as F
-
-        x = self._noise(1024, 4096, dtype=dtype)
-        return x.numel() / self.seconds_of(lambda: F.gelu(x, approximate="tanh"))
-
-    def blocks(self, make: Callable[..., Callable[[], Any]], dtype: torch.dtype) -> tuple[float, float]:
-        """Milliseconds that a block takes however small it is, and that a pass does.
-
-        The smallest models of 2 and of 10 layers tell both: the slope, and what is left at no layer.
-        """
-        short, long = (self.seconds_of(make(layers, self.where, dtype)) * 1e3 for layers in (2, 10))
-        block = max(0.0, (long - short) / 8)
-        return block, max(0.0, short - 2 * block)
-
-
-def _small_llm(layers: int, where: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
-    """A pass of one new token through a language model of hardly any width, with a cache."""
-    import torch
-    from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=16,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    model = Qwen2ForCausalLM(config).to(where, dtype).eval()
-    token = torch.zeros(1, 1, dtype=torch.int64, device=where)
-
-    def run() -> Any:
-        cache = DynamicCache(config=config)
-        return model(input_ids=token, past_key_values=cache, use_cache=True).logits
-
-    return run
-
-
-def _small_tower(layers: int, where: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
-    """A pass of four patches through a tower of hardly any width."""
-    import torch
-    from transformers import SiglipVisionConfig, SiglipVisionModel
-
-    config = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        vision_use_head=False,
-    )
-    model = SiglipVisionModel(config).to(where, dtype).eval()
-    pixels = torch.zeros(1, 3, 8, 8, device=where, dtype=dtype)
-    return lambda: model(pixel_values=pixels).last_hidden_state

@@ -17,221 +17,16 @@ Weights and caches of a recipe are not formulas: a method builds its layer witho
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from foveate.bench.counts import Request, attended, tower_rows
 from foveate.bench.device import Device
-from foveate.bench.roofline import stage_ms
-from foveate.errors import InputError, UnknownNameError
+from foveate.bench.roofline import Kinds, cache_kind, layer_kind, stage_ms
+from foveate.bench.shape import ModelShape, bytes_of
 
-if TYPE_CHECKING:
-    from foveate.adapters.sizes import Sizes
-    from foveate.data.plan import MediaPlan, Plan
-    from foveate.data.spec import PreprocessSpec
-
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
-CLIP = (1280, 720)
-"""(width, height) of a clip of which only the number of frames is known."""
 STAGES = ("tower", "connector", "selection", "prefill", "decode")
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Every number of a model that a cost depends on. Made by `from_config`; nothing is loaded."""
-
-    patches: int
-    """Patches of one view."""
-    patch_inputs: int
-    """Values of one patch: channels x patch x patch."""
-    vision_layers: int
-    """Layers that run: those after the selected hidden state are not computed."""
-    vision_width: int
-    vision_mlp: int
-    connector: tuple[tuple[int, int], ...]
-    """(inputs, outputs) of the connector's linear layers."""
-    view_tokens: int
-    """Tokens of one view after the connector."""
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    mlp: int
-    vocab: int
-    tied: bool = False
-    sizes: Sizes | None = None
-    """What else a family of transformers says of its tower and connector; None: NVILA."""
-    sites: tuple[str, ...] = ()
-    """Where the family lets reducers act; empty: anywhere."""
-
-    @classmethod
-    def from_config(cls, config: Any, spec: PreprocessSpec) -> ModelShape:
-        """From a config of any family and its preprocessing."""
-        from foveate.adapters import ADAPTERS
-
-        text, kind = config.get_text_config(), ADAPTERS.get(config.model_type)
-        heads = text.num_attention_heads
-        if hasattr(config, "num_vision_layers"):
-            vision, sizes = config.vision_config, None
-            tower: dict[str, Any] = {
-                "patch_inputs": getattr(vision, "num_channels", 3) * spec.patch_size**2,
-                "vision_layers": config.num_vision_layers,
-                "vision_width": vision.hidden_size,
-                "vision_mlp": vision.intermediate_size,
-                "connector": connector_linears(config.projector_type, config.mm_hidden, text.hidden_size),
-            }
-        else:
-            sizes = kind.sizes(config)
-            tower = {
-                "patch_inputs": sizes.patch_inputs,
-                "vision_layers": sizes.layers,
-                "vision_width": sizes.width,
-                "vision_mlp": sizes.mlp,
-                "connector": sizes.connector,
-            }
-        return cls(
-            **tower,
-            sizes=sizes,
-            sites=kind.sites,
-            patches=spec.side**2,
-            view_tokens=spec.token_side**2,
-            layers=text.num_hidden_layers,
-            width=text.hidden_size,
-            heads=heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-            head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
-            mlp=text.intermediate_size,
-            vocab=text.vocab_size,
-            tied=bool(getattr(text, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False)),
-        )
-
-    @property
-    def tower_params(self) -> int:
-        """Matrix weights of the tower's layers that run."""
-        return self.patch_inputs * self.vision_width + self.vision_layers * self.tower_layer_params
-
-    @property
-    def tower_layer_params(self) -> int:
-        """Matrix weights of one layer of the tower."""
-        return 4 * self.vision_width**2 + self.mlp_matrices * self.vision_width * self.vision_mlp
-
-    @property
-    def mlp_matrices(self) -> int:
-        """Matrices of an MLP of the tower: 3 where it is gated."""
-        return self.sizes.mlp_matrices if self.sizes else 2
-
-    @property
-    def connector_params(self) -> int:
-        """Matrix weights of the connector."""
-        return sum(inputs * outputs for inputs, outputs in self.connector)
-
-    @property
-    def layer_params(self) -> int:
-        """Matrix weights of one layer of the language model."""
-        queries, keys = self.heads * self.head_size, self.kv_heads * self.head_size
-        return 2 * self.width * queries + 2 * self.width * keys + 3 * self.width * self.mlp
-
-    @property
-    def head_params(self) -> int:
-        """Matrix weights of the output head."""
-        return self.width * self.vocab
-
-    def linears(self) -> dict[str, list[tuple[int, int, int]]]:
-        """(inputs, outputs, how many) of the linear layers of each part; the output head is not among them."""
-        v, m, d = self.vision_width, self.vision_mlp, self.width
-        queries, keys, n = self.heads * self.head_size, self.kv_heads * self.head_size, self.layers
-        k = self.vision_layers
-        return {
-            "vision_tower": [(v, v, 4 * k), (v, m, (self.mlp_matrices - 1) * k), (m, v, k)],
-            "mm_projector": [(inputs, outputs, 1) for inputs, outputs in self.connector],
-            "llm": [(d, queries, n), (d, keys, 2 * n), (queries, d, n), (d, self.mlp, 2 * n), (self.mlp, d, n)],
-        }
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one request asks for, in counts: `views` through the tower, `connector_rows` tokens through the connector.
-
-    text: tokens that are no visual features (separators among them). visual: features before reduction; kept: after.
-    groups: per picture or clip the sizes of its encoded views in tokens, which reducers share their budgets over.
-    per_layer: visual tokens that each decoder layer sees, where that differs; kept is then what the last one sees.
-    new: answer tokens. grids: (rows, columns) of patches of each view, where they differ from the model's usual ones.
-    """
-
-    views: int = 0
-    connector_rows: int = 0
-    text: int = 0
-    visual: int = 0
-    kept: int = 0
-    groups: tuple[tuple[int, ...], ...] = ()
-    new: int = 1
-    per_layer: tuple[int, ...] = ()
-    grids: tuple[tuple[int, int], ...] = ()
-
-    @classmethod
-    def from_plan(cls, plan: Plan, shape: ModelShape, *, new: int = 1) -> Request:
-        """Counts of a plan, all visual tokens kept."""
-        media = [cls.of_media(item, shape, plan.spec) for item in plan.media]
-        visual = sum(part.visual for part in media)
-        return cls.join(media, text=plan.num_tokens - visual, new=new)
-
-    @classmethod
-    def of_media(cls, media: MediaPlan, shape: ModelShape, spec: PreprocessSpec) -> Request:
-        """Counts of one picture or clip; its separators are `text`."""
-        if shape.sizes is not None:
-            return cls._of_family(media, shape.sizes, spec)
-        if media.kind == "video":
-            groups = tuple(level.rows * level.cols for level in media.levels for _ in range(level.units))
-            # Pooling over time comes after the connector, which therefore sees every frame of a clip.
-            rows = len(media.views) * shape.view_tokens
-        else:
-            units, height, width = media.grid
-            rows = units * height * width
-            groups = (shape.view_tokens,) * (rows // shape.view_tokens)
-        visual = sum(groups)
-        return cls(len(media.views), rows, media.num_tokens - visual, visual, visual, (groups,))
-
-    @classmethod
-    def _of_family(cls, media: MediaPlan, sizes: Sizes, spec: PreprocessSpec) -> Request:
-        from foveate.adapters.layouts import view_sizes
-
-        width, height = media.view_size
-        views = len(media.views) // (spec.temporal_patch if media.kind == "video" else 1)
-        rows, cols = height // spec.patch_size, width // spec.patch_size
-        groups = view_sizes(media, spec)
-        visual = sum(groups)
-        connected = visual if sizes.gathers else views * rows * cols // sizes.joined
-        grids = ((rows, cols),) * views
-        return cls(views, connected, media.num_tokens - visual, visual, visual, (groups,), grids=grids)
-
-    @classmethod
-    def join(cls, media: Sequence[Request], *, text: int, new: int = 1) -> Request:
-        """One request of several pictures and clips. text: all tokens that are no visual features."""
-        visual = sum(part.visual for part in media)
-        return cls(
-            views=sum(part.views for part in media),
-            connector_rows=sum(part.connector_rows for part in media),
-            text=text,
-            visual=visual,
-            kept=visual,
-            groups=tuple(group for part in media for group in part.groups),
-            new=new,
-            grids=tuple(grid for part in media for grid in part.grids),
-        )
-
-    @property
-    def prompt(self) -> int:
-        """Tokens that the language model reads."""
-        return self.text + max([self.kept, *self.per_layer])
-
-    @property
-    def cached(self) -> float:
-        """Tokens of the prompt that the cache holds, mean over the decoder layers."""
-        layers = self.per_layer or (self.kept,)
-        return self.text + sum(layers) / len(layers)
 
 
 def flops(shape: ModelShape, request: Request, *, causal: bool = True, selection: float = 0.0) -> dict[str, float]:
@@ -257,29 +52,6 @@ def tower_flops(shape: ModelShape, request: Request) -> float:
     return float(work + 4 * shape.vision_width * attended(shape, request))
 
 
-def tower_rows(shape: ModelShape, request: Request) -> tuple[int, int]:
-    """(patches, rows of the linear layers, CLS among them) of all views."""
-    views = [rows * cols for rows, cols in request.grids] or [shape.patches] * request.views
-    return sum(views), sum(views) + (shape.sizes.cls if shape.sizes else 0) * len(views)
-
-
-def attended(shape: ModelShape, request: Request) -> int:
-    """Pairs of rows that attend to each other, over all layers and views of the tower."""
-    sizes = shape.sizes
-    cls = sizes.cls if sizes else 0
-    whole = sum((rows * cols + cls) ** 2 for rows, cols in request.grids) or request.views * (shape.patches + cls) ** 2
-    if sizes is None or not sizes.window:
-        return shape.vision_layers * whole
-    edge = sizes.window
-    windows = sum(_squares(rows, edge) * _squares(cols, edge) for rows, cols in request.grids)
-    return sizes.full_layers * whole + (sizes.layers - sizes.full_layers) * windows
-
-
-def _squares(length: int, edge: int) -> int:
-    """Sum of the squared lengths of the pieces that a side of `length` is cut into, `edge` each but the last."""
-    return length // edge * edge**2 + (length % edge) ** 2
-
-
 def weights(shape: ModelShape, dtype: str = "bfloat16", methods: Sequence[Any] = ()) -> dict[str, float]:
     """Bytes of the matrix weights that each stage reads: {"tower", "connector", "embedding", "llm"}.
 
@@ -303,13 +75,18 @@ def weights(shape: ModelShape, dtype: str = "bfloat16", methods: Sequence[Any] =
 
 def _stored_bytes(method: Any, part: str, inputs: int, outputs: int) -> int:
     """Bytes of one linear layer under a weights method."""
-    from torch import nn
-
     from foveate.weights.base import module_bytes
+
+    return module_bytes(_made(method, part, inputs, outputs))
+
+
+def _made(method: Any, part: str, inputs: int, outputs: int) -> Any:
+    """The layer that a weights method puts in the place of a linear one, without values. Raises RecipeError."""
+    from torch import nn
 
     linear = nn.Linear(inputs, outputs, bias=False, device="meta")
     method.check_layer(f"{part} {inputs} -> {outputs}", linear)
-    return module_bytes(method.empty(linear))
+    return method.empty(linear)
 
 
 def kv_bytes(shape: ModelShape, dtype: str = "bfloat16", method: Any = None) -> float:
@@ -340,12 +117,13 @@ def bytes_moved(shape: ModelShape, request: Request, stored: dict[str, float], k
     }
 
 
-def activation_bytes(shape: ModelShape, request: Request, dtype: str = "bfloat16") -> float:
+def activation_bytes(shape: ModelShape, request: Request, dtype: str = "bfloat16", kinds: Kinds | None = None) -> float:
     """Bytes of intermediate results at the worst moment of one request, beside weights and cache.
 
     Of the stages that run one after the other the largest counts: in the tower all views at once, in the prefill the
     whole prompt. Alive at the worst moment of a block are its input and residual, and, in the MLP, what goes in, both
-    wide results of a gated MLP, and what comes out. The pixels are float32 on their way in.
+    wide results of a gated MLP, and what comes out. The pixels are float32 on their way in. Where a recipe stores a
+    part as another kind of layer, its largest weight is made anew, from one byte each in three steps.
     """
     size = bytes_of(dtype)
     _, rows = tower_rows(shape, request)
@@ -354,107 +132,13 @@ def activation_bytes(shape: ModelShape, request: Request, dtype: str = "bfloat16
     wide = max([shape.width, *(outputs for _, outputs in shape.connector)])
     connector = request.connector_rows * 2 * wide * size + rows * shape.vision_width * size
     prefill = request.prompt * (4 * shape.width + 3 * shape.mlp) * size
-    return float(max(tower + pixels, connector, prefill))
-
-
-def request_of_sizes(
-    spec: PreprocessSpec,
-    shape: ModelShape,
-    *,
-    images: Sequence[tuple[int, int]] = (),
-    frames: int | None = None,
-    text: int = 0,
-    new: int = 1,
-) -> Request:
-    """The counts of a request of pictures of these (width, height), or of one clip of `frames` frames, without pixels.
-
-    text: tokens of the prompt's text; the separators of the media are added. Sizes follow the same geometry as
-    `foveate.data.plan`, each separator, and each mark or word around views, counted as one token. A clip is taken to
-    be `CLIP` pixels large where that matters.
-    """
-    if spec.family:
-        return _family_request(spec, shape, images, frames, text, new)
-    from foveate.data.tiling import image_layout
-
-    parts: list[Request] = []
-    for width, height in images:
-        _check_size(width, height, spec)
-        layout = image_layout(width, height, spec, tiled=len(images) == 1)
-        units, rows, cols = layout.grid
-        visual = units * rows * cols
-        groups = (shape.view_tokens,) * (visual // shape.view_tokens)
-        # A picture ends in one separator; tiles of mode "dynamic" have one each, and a line feed of text.
-        ends = 2 * units if spec.mode == "dynamic" and len(images) == 1 else 1
-        parts.append(Request(len(layout.views), visual, ends, visual, visual, (groups,)))
-    if frames:
-        levels = spec.video_pool or ((1, 1, 1),)
-        side = spec.token_side
-        groups = tuple(  # a last group that is not full counts as one
-            -(-side // rows) * -(-side // cols) for time, rows, cols in levels for _ in range(-(-frames // time))
-        )
-        visual = sum(groups)
-        parts.append(Request(frames, frames * shape.view_tokens, len(groups), visual, visual, (groups,)))
-    return Request.join(parts, text=text + sum(part.text for part in parts), new=new)
-
-
-def _family_request(
-    spec: PreprocessSpec,
-    shape: ModelShape,
-    images: Sequence[tuple[int, int]],
-    frames: int | None,
-    text: int,
-    new: int,
-) -> Request:
-    from foveate.data.plan import family_clip, family_image
-    from foveate.data.video import VideoInfo
-
-    for width, height in images:
-        _check_size(width, height, spec)
-    media = [family_image(size, spec, len(images) == 1) for size in images]
-    if frames:
-        media.append(family_clip(VideoInfo(CLIP, frames, 0.0), spec, frames))
-    for item in media:
-        around = item.marker.replace(spec.image_token, "")
-        around = around.replace(spec.video_token, "") if spec.video_token else around
-        text += len(re.findall(r"<[^<>\s]*>|\n+|[^\s<>]+", around))
-    parts = [Request.of_media(item, shape, spec) for item in media]
-    return Request.join(parts, text=text + sum(part.text for part in parts), new=new)
-
-
-def _check_size(width: int, height: int, spec: PreprocessSpec) -> None:
-    if width * height > spec.max_pixels:
-        raise InputError(f"a picture of {width}x{height} has {width * height} pixels, the limit is {spec.max_pixels}")
-    if max(width, height) > spec.max_aspect * min(width, height):
-        raise InputError(f"a picture of {width}x{height} is longer than {spec.max_aspect:g} times its width")
-
-
-def connector_linears(kind: str, channels: int, width: int) -> tuple[tuple[int, int], ...]:
-    """(inputs, outputs) of the linear layers of a connector of the NVILA family. Raises UnknownNameError."""
-    c, d = channels, width
-    chains = {
-        "identity": (),
-        "linear": (c, d),
-        "mlp_downsample": (4 * c, d, d),
-        "mlp_downsample_2x2_fix": (4 * c, d, d),
-        "mlp_downsample_3x3_fix": (9 * c, 3 * c, d, d),
-        "mlp_downsample_3x3_s2": (9 * c, 3 * c, c, c // 3, d, d),
-        "mlp_downsample_3x3_s2_new": (9 * c, 4 * c, 2 * c, c, c // 3, d, d),
+    made = {
+        part: max(i * o for i, o, _ in shape.linears()[part]) * (1 + 3 * size)
+        for part, kind in (kinds.weights.items() if kinds else ())
+        if kind
     }
-    if match := re.fullmatch(r"mlp(\d+)x_gelu", kind):
-        chain: tuple[int, ...] = (c, *[d] * int(match[1]))
-    elif kind in chains:
-        chain = chains[kind]
-    else:
-        raise UnknownNameError(f"unknown connector {kind!r}: known: {', '.join(chains)}, mlp<k>x_gelu")
-    return tuple(pairwise(chain))
-
-
-def bytes_of(dtype: Any) -> int:
-    """Bytes of one value of a dtype given by name or as torch.dtype."""
-    name = str(dtype).removeprefix("torch.")
-    if name not in BYTES:
-        raise InputError(f"dtype {name!r} is not one of {', '.join(BYTES)}")
-    return BYTES[name]
+    tower, connector = tower + pixels + made.get("vision_tower", 0), connector + made.get("mm_projector", 0)
+    return float(max(tower, connector, prefill + made.get("llm", 0)))
 
 
 def estimate(
@@ -466,7 +150,8 @@ def estimate(
     effect: Effect | None = None,
     stored: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """Everything that `foveate plan --json` prints: {"tokens", "flops", "bytes", "ms"}, each by stage.
+    """Everything that `foveate plan --json` prints: {"tokens", "flops", "bytes", "ms"}, each by stage, and
+    "unmeasured": kinds of layers and caches whose times are those of dense ones.
 
     effect: what a recipe changes. stored: measured weight bytes (of `weights` form) instead of the formula's.
     """
@@ -476,8 +161,10 @@ def estimate(
     kv = kv_bytes(shape, dtype, effect.cache)
     work = flops(shape, request, selection=effect.selection_flops(shape, request))
     moved = bytes_moved(shape, request, stored, kv)
-    activations = activation_bytes(shape, request, dtype)
-    times = stage_ms(shape, request, device, dtype, work, moved)
+    kinds = effect.kinds(shape)
+    activations = activation_bytes(shape, request, dtype, kinds)
+    times = stage_ms(shape, request, device, dtype, work, moved, kinds)
+    peak = sum(stored.values()) + kv * (request.cached + request.new) + activations
     first = sum(times[stage] for stage in STAGES[:-1])
     return {
         "tokens": {
@@ -494,11 +181,13 @@ def estimate(
             "kv_per_token": kv,
             "kv": kv * (request.cached + request.new),
             "activations": activations,
-            "peak": sum(stored.values()) + kv * (request.cached + request.new) + activations,
+            "peak": peak,
+            "process": peak + device.process if device.process else None,
             "read_prefill": moved["prefill"],
             "read_decode": moved["decode"],
         },
         "ms": {**times, "ttft": first, "total": first + times["decode"] * (request.new - 1)},
+        "unmeasured": device.unmeasured(kinds, dtype),
     }
 
 
@@ -517,6 +206,17 @@ class Effect:
         if not recipe:
             return cls()
         return cls(recipe.of("reduce"), recipe.of("weights"), next(iter(recipe.of("cache")), None))
+
+    def kinds(self, shape: ModelShape) -> Kinds:
+        """What the recipe stores weights and cache as."""
+        linears = shape.linears()
+        found = {
+            part: layer_kind(_made(method, part, *linears[part][0][:2]))
+            for method in self.weights
+            for part in method.parts
+            if linears[part]
+        }
+        return Kinds(found, cache_kind(self.cache) if self.cache else "", bool(self.reducers))
 
     def apply(self, request: Request, shape: ModelShape) -> Request:
         """The request with the tokens that stay in each decoder layer; exact for methods whose budget is."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One request to measure. sizes: (width, height) of its pictures."""
+    """One request to measure. sizes: (width, height) of its pictures; frames: a clip of so many of them instead."""
 
     model: str
     recipe: str = ""
@@ -42,6 +42,7 @@ class Job:
     prompt: str = "What is in the picture?"
     new_tokens: int = 8
     threads: int | None = None
+    frames: int | None = None
 
 
 def peak(job: Job, timeout: float = 1800.0) -> dict[str, float]:
@@ -82,53 +83,58 @@ def _has_files(name: str) -> bool:
 
 def run(job: Job) -> dict[str, float]:
     """Measure in this process, which should have done nothing else."""
+    import numpy as np
     import torch
 
     import foveate
     from foveate.bench.requests import draw_pictures
+    from foveate.data.sample import VideoSource
     from foveate.recipe import Recipe
     from foveate.weights.base import module_bytes
 
     if job.threads:
         torch.set_num_threads(job.threads)
     small = draw_pictures((64, 64), 0)[0]
-    foveate.load("nano", device="cpu", random_weights=True).ask(small, job.prompt, max_new_tokens=2)
-    _trim()
-    baseline = _resident()
+    dtype = "float32" if job.dtype == "auto" else job.dtype  # kernels that a dtype brings along are of the baseline
+    foveate.load("nano", device="cpu", random_weights=True, dtype=dtype).ask(small, job.prompt, max_new_tokens=2)
+    trim()
+    baseline = resident()
     _reset()
     with _watched() as loading:
         vlm = foveate.load(job.model, dtype=job.dtype, device=job.device, random_weights=job.random_weights)
         if job.recipe:
             vlm = Recipe.parse(job.recipe).apply(vlm, quiet=True)
-    _trim()
+    trim()
     cuda = vlm.device.type == "cuda"
-    resident = torch.cuda.memory_allocated(vlm.device) if cuda else _resident() - baseline
-    pictures = [draw_pictures(size, seed)[0] for seed, size in enumerate(job.sizes)]
-    _trim()
+    held = torch.cuda.memory_allocated(vlm.device) if cuda else resident() - baseline
+    pictures: list[Any] = [draw_pictures(size, seed)[0] for seed, size in enumerate(job.sizes)]
+    if job.frames:
+        pictures = [VideoSource(np.stack([picture] * job.frames)) for picture in pictures]
+    trim()
     _reset()
     if cuda:
         torch.cuda.reset_peak_memory_stats(vlm.device)
     with _watched() as asking:
-        vlm.ask(list(pictures), job.prompt, max_new_tokens=job.new_tokens)
+        vlm.ask(pictures, job.prompt, max_new_tokens=job.new_tokens, num_frames=job.frames)
     most = torch.cuda.max_memory_allocated(vlm.device) if cuda else asking["peak"] - baseline
     return {
         "baseline": float(baseline),
         "weights": float(module_bytes(vlm.model)),
         "loading": float(loading["peak"] - baseline),
         "peak": float(most),
-        "resident": float(resident),
+        "resident": float(held),
     }
 
 
 @contextmanager
 def _watched() -> Iterator[dict[str, int]]:
     """The most resident memory while the block runs: the kernel's mark, or samples where it cannot be reset."""
-    found = {"peak": _resident()}
+    found = {"peak": resident()}
     done = threading.Event()
 
     def sample() -> None:
         while not done.wait(0.002):
-            found["peak"] = max(found["peak"], _resident())
+            found["peak"] = max(found["peak"], resident())
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
@@ -150,12 +156,12 @@ def _reset() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
         time.sleep(0.001)
-        _RESETTABLE = _status("VmHWM") < _resident() * 1.02 + (4 << 20)
+        _RESETTABLE = _status("VmHWM") < resident() * 1.02 + (4 << 20)
     except OSError:
         _RESETTABLE = False
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give freed memory back to the system, where the C library can."""
     import gc
 
@@ -164,7 +170,8 @@ def _trim() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not say."""
     return _status("VmRSS")
 
 

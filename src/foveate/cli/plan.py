@@ -10,7 +10,7 @@ from foveate.cli.common import add_verb, human, parse_recipe, positive_int, prin
 from foveate.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
-    from foveate.bench.cost import ModelShape
+    from foveate.bench.shape import ModelShape
     from foveate.data.spec import PreprocessSpec
     from foveate.recipe import Recipe
 
@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
         "else h200)",
     )
     parser.add_argument(
-        "--calibrate", action="store_true", help="measure what this machine reaches first, and keep it (some seconds)"
+        "--calibrate", action="store_true", help="measure what this machine reaches first, and keep it (under a minute)"
     )
     parser.add_argument("--threads", type=positive_int, metavar="N", help="threads of torch while calibrating")
 
@@ -48,7 +48,8 @@ def size(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    from foveate.bench.cost import Effect, estimate, request_of_sizes
+    from foveate.bench.cost import Effect, estimate
+    from foveate.bench.counts import request_of_sizes
     from foveate.bench.device import chosen, devices
 
     if args.threads and not args.calibrate:
@@ -111,7 +112,7 @@ def shape_of(model: str) -> tuple[ModelShape, PreprocessSpec, int, Recipe]:
     """(shape, preprocessing, longest context, saved recipe) of a folder or preset, without its weights."""
     from pathlib import Path
 
-    from foveate.bench.cost import ModelShape
+    from foveate.bench.shape import ModelShape
     from foveate.recipe import Recipe
 
     if Path(model).is_dir():
@@ -146,7 +147,8 @@ def show(result: dict[str, Any], args: argparse.Namespace, machine: str) -> None
     kept = "" if tokens["kept"] == tokens["visual"] else f" ({tokens['kept']} kept)"
     print(f"{args.model}: {tokens['text']} text + {tokens['visual']} visual tokens{kept}, {tokens['views']} views")
     cache = f"{human(total['kv'], 'B')} ({human(total['kv_per_token'], 'B')} a token)"
-    print(f"weights {human(total['weights'], 'B')}, cache {cache}, peak about {human(total['peak'], 'B')}")
+    whole = f", {human(total['process'], 'B')} with Python and its libraries" if total["process"] else ""
+    print(f"weights {human(total['weights'], 'B')}, cache {cache}, peak about {human(total['peak'], 'B')}{whole}")
     layers = tokens["per_layer"]
     if len(set(layers)) > 1:
         starts = [index for index in range(len(layers)) if not index or layers[index] != layers[index - 1]]
@@ -158,4 +160,6 @@ def show(result: dict[str, Any], args: argparse.Namespace, machine: str) -> None
         for stage in (*STAGES, "ttft")
     ]
     print_table(["stage", "work", "time"], rows)
+    if result["unmeasured"]:
+        print(f"\nnote: what {', '.join(result['unmeasured'])} takes was not measured here; times are those of dense")
     print(f"\ntimes are a roofline estimate for {machine} in {args.dtype}; measure with foveate bench")
