@@ -174,12 +174,15 @@ def test_speed_tables_mark_missed_targets():
     stages["ttft"] = {"predicted": 60.0, "measured": 100.0, "ratio": 0.6}
     one = {"preset": "p", "dtype": "float32", "size": [9, 8], "recipe": "", "noisy": True, "stages": stages}
     report = {
-        "rows": [one | {"bytes": {"peak": 2e6}}],
+        "rows": [one | {"bytes": {"peak": 2e6, "process": 12e6}}, one | {"recipe": "r", "bytes": {"peak": 2e6}}],
         "machine": {"source": "measured"},
-        "peaks": {"p float32": {"peak": 1e6}},
+        "peaks": {"p float32": {"peak": 1e6, "baseline": 9e6}},
+        "drift": {"matrix products": 1.03, "activation": 0.9},
     }
     text = tables.plan_check(report)
-    assert "| dense | 90 / 100 | 90 / 100 | 90 / 100 | 60 / 100 ✗ | 2 / 1 ✗ |" in text and "never quiet" in text
+    good = "90 / 100 (-10%)"
+    assert f"| dense | {good} | {good} | {good} | 60 / 100 (-40%) ✗ | 12 / 10 (+20%) ✗ | 2 / 1 |" in text
+    assert "never quiet" in text and "6 of 8 times, 0 of 1 peaks" in text and "differed by up to 10%" in text
 
 
 def test_method_table_shows_paired_differences():
