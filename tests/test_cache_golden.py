@@ -178,6 +178,7 @@ def test_compress_vidkv_golden_scale_is_not_lost(name):
     case = VIDKV[name]
     group, bits = case["param", "group"], float(name.rpartition("_")[2])
     values = case.tensor("V")
+    values = values[:, :, : values.shape[2] // group * group]
     codec = vidkv.ScaleCodec(bits, group)
 
     def read(states):

@@ -120,6 +120,14 @@ def test_golden_nvila_label_masks(name: str, tokenizers: dict[str, Any]) -> None
     ids, labels = encode_chat(messages, tokenizers["nvila"])
     assert ids.tolist() == stored[f"{name}.input_ids"].tolist()
     assert labels.tolist() == stored[f"{name}.labels"].tolist()
+    assert int((labels != -100).sum()) == case["n_supervised"]
+    assert [tokenizers["nvila"].decode([label]) for label in labels[labels != -100]] == case["supervised"]
+
+
+def test_golden_nvila_text_is_tokenized_alike(tokenizers: dict[str, Any]) -> None:
+    stored, tokenizer = _json("units", "label_masks.json"), tokenizers["nvila"]
+    for text, ids in stored["_tokenize"].items():
+        assert tokenizer(text, add_special_tokens=False).input_ids == ids, text
 
 
 def _prompt(case: dict[str, Any]) -> list[dict[str, Any]]:

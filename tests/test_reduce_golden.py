@@ -64,12 +64,18 @@ def check_fastervlm(case):
     equal(np.stack([above_threshold(row, keep) for row in score]), case, "keep")
 
 
+def cls_attention(case):
+    """The [CLS] attention of the earlier and of the later layer, [V, H, N] each."""
+    names = [name for kind, name in case if kind == "in" and name.endswith("_cls_attn")]
+    return [case.tensor(name) for name in sorted(names, key=lambda name: int(name[len("layer") : -len("_cls_attn")]))]
+
+
 def check_hired(case):
     rate, alpha, rows, cols, size = case.params(
         "token_budget_rate", "alpha", "grid_second", "grid_first", "image_size_hw"
     )
-    last = case.tensor("layer22_cls_attn")
-    mask = hired.keep_mask(case.tensor("layer0_cls_attn"), last, rate, alpha)
+    first, last = cls_attention(case)
+    mask = hired.keep_mask(first, last, rate, alpha)
     equal(mask, case, "mask")
     equal(mask.sum(dim=1), case, "tile_counts")
     n = last.shape[-1]
@@ -161,6 +167,7 @@ def check_divprune(case):
     features = case.tensor("x")
     order = divprune.diverse(features, round(case["param", "ratio"] * len(features)))
     assert len(order) == case["out", "n"]
+    equal(order, case, "order")
     equal(order.sort().values, case, "keep")
 
 
@@ -416,7 +423,7 @@ def places(layout, side):
 @pytest.mark.parametrize("case", of_method("hired"))
 def test_hired_as_a_method_keeps_what_the_official_code_keeps(case):
     rate, alpha, rows, cols = case.params("token_budget_rate", "alpha", "grid_second", "grid_first")
-    first, last = (case.tensor(f"layer{layer}_cls_attn").transpose(1, 2) for layer in (0, 22))  # [V, N, H]
+    first, last = (part.transpose(1, 2) for part in cls_attention(case))  # [V, N, H]
     views, n, _ = first.shape
     if alpha == 1:
         pytest.skip("alpha 1 leaves the tiles nothing, which the method refuses")

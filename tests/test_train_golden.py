@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -85,10 +84,23 @@ def test_golden_nvila_packed_training_step(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_golden_nvila_positions_start_again_per_sample(variant: str) -> None:
-    model, tokenizer, spec = load(ROOT / variant / "ckpt")
-    batch, gold = packed_batch(variant, model, tokenizer, spec)
-    official = np.split(gold["repack_position_ids"][0], np.flatnonzero(gold["repack_position_ids"][0] == 0)[1:])
-    starts = (batch.position_ids[0] == 0).nonzero().squeeze(1).tolist()
-    lengths = sorted(b - a for a, b in pairwise(starts) if b - a > 1)
-    assert lengths == sorted(len(p) for p in official if len(p) > 1)
+def test_golden_nvila_packing(variant: str) -> None:
+    """Positions and targets of each sample in one packed row; the official row keeps the samples' order."""
+    gold = read_npz(ROOT / "units" / f"training_batch_{variant}.npz")
+    info = read_json(ROOT / "units" / f"training_batch_{variant}.json")
+    samples = [labels[mask] for labels, mask in zip(gold["embeds_labels"], gold["embeds_mask"])]
+    places, labels, real = (gold[f"repack_{name}"][0] for name in ("position_ids", "labels", "mask"))
+    assert len(places) == info["repack_len"] and real.tolist() == [1] * sum(map(len, samples)) + [0]
+    none = np.zeros(0, np.int64)
+    parts = [Tokens(none, [(np.zeros_like(own), own)]) for own in samples]
+    packed = pack(parts, len(places), 0)
+    assert len(packed.input_ids) == 1
+    starts = np.cumsum([0, *(len(samples[i]) for i in packed.order)])
+    official = np.cumsum([0, *map(len, samples)])
+    for slot, number in enumerate(packed.order):
+        span, mine = (slice(at[i], at[i + 1]) for at, i in ((official, number), (starts, slot)))
+        assert packed.position_ids[0, mine].tolist() == places[span].tolist()
+        own = (packed.target_index >= mine.start) & (packed.target_index < mine.stop)
+        found = zip(packed.position_ids[0, packed.target_index[own]] + 1, packed.targets[own])
+        wanted = [pair for pair in zip(places[span], labels[span]) if pair[1] != -100]
+        assert list(found) == wanted and len(wanted) == info["n_targets_each"][number]

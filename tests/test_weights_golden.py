@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from foveate.registry import METHODS
 from foveate.weights import gradients, pruning
 from foveate.weights.awq import AWQ
 from foveate.weights.calibrate import Block
@@ -25,7 +27,7 @@ from foveate.weights.solve import gptq, sparsegpt
 from foveate.weights.statistics import Statistics
 from foveate.weights.structure import module_of
 from foveate.weights.wanda import choose
-from goldens_io import golden_cases
+from goldens_io import golden_cases, golden_methods
 
 
 class Case(NamedTuple):
@@ -410,3 +412,11 @@ def test_golden_compress_mbq_sensitivity(case: Case, monkeypatch: pytest.MonkeyP
         for name, ratio in zip(("o_proj", "down_proj"), ratios):
             seen = [float(case.outs[f"{kind}_grad.layers.{index}.{name}"]) for kind in ("vis", "cap")]
             assert ratio == pytest.approx(seen[0] / seen[1], rel=1e-4)
+
+
+def test_golden_compress_files_of_registered_methods_are_all_checked():
+    """Names of files that some test of this folder reads; a method whose file none reads is a gap."""
+    read = "\n".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    registered = {name.replace("_", "") for name in METHODS.names()}
+    found = [name for name in golden_methods("compress") if name.split("_")[0] in registered]
+    assert found and [name for name in found if f'"{name}"' not in read] == []
