@@ -18,6 +18,7 @@ from foveate.runtime import Clock, open_batch
 from foveate.vlm import Request
 from goldens_io import goldens_dir
 from reduce_oracle import rows_of
+from test_text_models import make
 
 RNG = np.random.default_rng(4)
 REQUESTS = [Request("what is it here?", RNG.integers(0, 256, (90, 120, 3), dtype=np.uint8)) for _ in range(2)]
@@ -128,10 +129,12 @@ def test_both_stores_together_hold_tokens_in_their_order(seed):
     assert torch.equal(store.read(rank)[:, :, 0], torch.stack([row[:, 0] for row in held]))
 
 
-def test_mistakes_are_told(tiny):
+def test_mistakes_are_told(tiny, tmp_path):
     with pytest.raises(RecipeError, match="protect is 2"):
         Recipe.parse("vidkv(protect=2.0)")
     with pytest.raises(RecipeError, match="value_bits=2 does already"):
         Recipe.parse("vidkv(value_bits=2, protect=0.2)")
+    with pytest.raises(UnsupportedError, match="sees nothing"):
+        Recipe.parse(TEXT).check(foveate.load(make(tmp_path / "text"), device="cpu"))
     with Recipe.parse(TEXT).methods[0].attach(tiny), pytest.raises(UnsupportedError, match="protect="):
         tiny.ask(REQUESTS[0].media, "what?", reduce="fastv(keep=0.5, layer=1)", max_new_tokens=2)

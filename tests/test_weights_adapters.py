@@ -275,6 +275,7 @@ def test_a_budget_becomes_a_plan(blind):
         ("lq_lora(rank=1000, weighted=false)", "rank=1000 is more than it has"),
         ("lq_lora(bits=5)", "bits is 5"),
         ("lq_lora(plan=['down_proj=5/3'])", "'down_proj=5/3'"),
+        ("lq_lora(rank=4, weighted=false, plan=['dwn_proj=4/32'])", "did you mean 'down_proj'?"),
         ("eora(rank=0)", "rank is 0"),
     ],
 )

@@ -26,7 +26,7 @@ from foveate.cache.kivi import KeyCodec, dequantize, pack_last, quantize, small_
 from foveate.cache.layer import PackedLayer
 from foveate.cache.split import SplitStore
 from foveate.cache.store import Codec, Part, Store
-from foveate.errors import RecipeError
+from foveate.errors import RecipeError, UnsupportedError
 from foveate.weights.packing import pack_ternary, unpack_ternary
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from foveate.adapters.base import Adapter
     from foveate.rows import Prompt
+    from foveate.vlm import VLM
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,13 @@ class VidKV(CacheMethod):
         values = Store(fine if two else ScaleCodec(self.value_bits, self.group), limit=self.window)
         kept = SplitStore(Store(fine, limit=self.window), values) if self.protect else values
         return PackedLayer(Store(MixedCodec(self.key_bits, self.group), limit=self.window), kept)
+
+    def check(self, vlm: VLM) -> None:
+        super().check(vlm)
+        if self.protect and "vision_tower" not in vlm.adapter.parts():
+            raise UnsupportedError(
+                "vidkv: protect chooses among visual tokens, and this model sees nothing; leave it out"
+            )
 
     def make(self, adapter: Adapter) -> Cache:
         cache = super().make(adapter)

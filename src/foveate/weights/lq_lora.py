@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import BudgetError, RecipeError, UnsupportedError
+from foveate.method import nearest
 from foveate.weights.base import CalibratedMethod
 from foveate.weights.gradients import gradients
 from foveate.weights.lowrank import LowRankLinear, empty_low_rank, svd_low_rank
@@ -167,6 +168,13 @@ class LQLoRA(CalibratedMethod):
     @property
     def needs_data(self) -> bool:  # type: ignore[override]
         return self.weighted
+
+    def check(self, vlm: VLM) -> None:
+        super().check(vlm)
+        names = {attribute for _, _, attribute in self.targets(vlm.adapter.parts())}
+        for name in _parsed(self.plan):
+            if name not in names:
+                raise RecipeError(f"lq_lora: plan names {name!r}, no layer of this model{nearest(name, names)}")
 
     def survey(self, stream: Stream) -> Any:
         """For each block the `fisher_means` of the layers."""
