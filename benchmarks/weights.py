@@ -56,8 +56,8 @@ def pruners(share: float | str) -> dict[str, str]:
 def repairs() -> dict[str, list[str]]:
     """Recipe texts of low-rank parts beside compressed layers, with and without weighing by the inputs, and of the
     methods that come in one setting; by method."""
-    broken = ("rtn(bits=3, group=0)", "gptq(bits=3, group=0, DATA)", "wanda(sparsity=0.6, DATA)")
-    broken += (f"sparsegpt(pattern='{PATTERN}', DATA)",)
+    broken = ("rtn(bits=3, group=0)", "gptq(bits=3, group=0, DATA)", "awq(bits=3, group=0, DATA)")
+    broken += ("wanda(sparsity=0.6, DATA)", f"sparsegpt(pattern='{PATTERN}', DATA)")
     forms = [f"eora(rank={rank}, {how})" for rank in (4, 16) for how in ("DATA", "space=plain")]
     return {
         "eora": [f"{base} + {form}" for base in broken for form in forms],
