@@ -467,6 +467,21 @@ def search(report: Row | None) -> str:
     return f"{table(head, rows)}\n\n{lines}\n\n{conditions(report)}"
 
 
+def optimize(name: str, report: Row | None) -> str:
+    """The text that one run of the main command printed, with its time."""
+    if report is None or name not in report["runs"]:
+        return missing("optimize")
+    from foveate.optimize.result import text
+
+    run = report["runs"][name]
+    return (
+        f"```text\n$ foveate optimize {run['arguments']}\n{text(run['report'])}\n```\n\n"
+        f"{run['tried']} of {run['space']['weighed']} recipes weighed answered questions; {run['seconds']:.0f} s in all."
+        "\n\n"
+        f"{conditions(report)}"
+    )
+
+
 TABLES: dict[str, tuple[str, Callable[[Row | None], str]]] = {
     "methods": ("methods", methods_grid),
     "nano_quality": ("nano_quality", nano_quality),
@@ -487,11 +502,14 @@ def make(name: str, results: Path = RESULTS) -> str:
         return cache(name.partition("_")[2], load("cache", results))
     if name == "speed" or name.startswith("speed_"):
         return speed(name.partition("_")[2], load("speed", results))
+    if name.startswith("optimize_"):
+        return optimize(name.partition("_")[2], load("optimize", results))
     if name not in TABLES:
         known = [
             *TABLES,
             *(f"{kind}{rest}" for kind in ("weights", "cache", "speed") for rest in ("", "_<name>")),
             "methods_<name>",
+            "optimize_<run>",
         ]
         raise SystemExit(f"unknown table {name!r}; known: {', '.join(known)}")
     file, build = TABLES[name]

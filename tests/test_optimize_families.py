@@ -117,6 +117,31 @@ def test_kill_9_in_the_middle_and_resume_give_the_same(command, tmp_path, capsys
     assert results(out) == results(tmp_path / "whole") and events(out / "study.db") > before
 
 
+def test_ctrl_c_ends_the_command_with_the_best_so_far_and_the_same_command_goes_on(command, tmp_path, monkeypatch):
+    out, real = tmp_path / "out", workbench_module.ModelWorkbench.answers
+
+    def slow(self, *args):
+        time.sleep(0.3)
+        return real(self, *args)
+
+    def before():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell leaves it
+        monkeypatch.setattr(workbench_module.ModelWorkbench, "answers", slow)
+
+    process = start([*command, "-o", str(out)], before)
+    deadline = time.monotonic() + 120
+    while events(out / "study.db") < 4 and time.monotonic() < deadline:  # dense and a first recipe
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(120)
+    assert process.exitcode == 130
+    report = json.loads((out / "report.json").read_text())
+    assert report["interrupted"] and not report["met"] and "interrupted before the proof" in report["verdict"]
+    assert foveate.load(out, device="cpu").recipe.text() == report["recipe"]
+    assert cli([*command, "-o", str(out)]) == 0
+    assert not json.loads((out / "report.json").read_text())["interrupted"]
+
+
 @pytest.mark.parametrize("most", [6_000, 100_000], ids=["log", "model"])
 def test_a_full_disk_leaves_the_log_alone_and_the_search_goes_on(command, tmp_path, capfd, most):
     """Files that cannot grow stand for a disk without room: writing the log, or later the model, fails."""

@@ -7,6 +7,7 @@ import random
 import re
 import zipfile
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import ClassVar
 
@@ -188,9 +189,13 @@ def test_optimize_writes_a_model_and_a_report(vlm, tasks, tmp_path, capfd, all_r
         report["recipe"],
     ):
         assert part in page, part
+    assert page.count('<figure><img alt="') == 2 and page.count("tokens)</figcaption>") == 2
+    tried = page[page.index('id="rejected"') : page.index('id="pruned"')]
+    rejected = [row for row in report["trials"] if row["status"] == "rejected"]
+    assert rejected and all(row["reason"] and escape(row["reason"]) in tried for row in rejected)
     for axis in ("FLOPs", "bytes"):
         assert f'aria-label="Difference of accuracy to dense against {axis}"' in page
-    for word in ("torch", "foveate optimize x", "seed"):
+    for word in ("torch", "transformers", "foveate optimize x", "seed", "machine", "cores", "date"):
         assert word in page[page.index('id="conditions"') :], word
     with pytest.raises(InputError, match="already holds the recipe"):
         optimize(loaded, effort=TINY, tasks=tasks)
