@@ -38,6 +38,7 @@ SHOWN = (
     "compare",
     "timing",
     "nearest",
+    "limits",
     "quality",
     "dense",
 )

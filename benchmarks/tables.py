@@ -476,8 +476,7 @@ def optimize(name: str, report: Row | None) -> str:
     run = report["runs"][name]
     return (
         f"```text\n$ foveate optimize {run['arguments']}\n{text(run['report'])}\n```\n\n"
-        f"{run['tried']} of {run['space']['weighed']} recipes weighed answered questions; {run['seconds']:.0f} s in all."
-        "\n\n"
+        f"{run['tried']} of {run['space']['weighed']} recipes weighed were tried; {run['seconds']:.0f} s in all.\n\n"
         f"{conditions(report)}"
     )
 

@@ -11,7 +11,7 @@ import pytest
 from foveate.errors import BudgetError, UnsupportedError
 from foveate.optimize import strategies as strategies_module
 from foveate.optimize.budget import Budget, Cost, Limit, amount, parse_loss, points
-from foveate.optimize.result import to_report
+from foveate.optimize.result import text, to_report
 from foveate.optimize.run import Effort, search, skill_table
 from foveate.optimize.samples import Question, Split
 from foveate.optimize.search import Trial, binding, choose, front, halve, nearest, paired_interval, prune
@@ -267,6 +267,8 @@ def test_measured_time_can_overrule_the_prediction():
     found = search(Synthetic({"good": TABLE["good"]}), Budget.parse(ttft="0.4x"), QUICK, say=quiet)
     assert found.winner is None and found.binding == ["ttft"]
     assert found.nearest[0].cost.ttft_ms == pytest.approx(4.5)
+    shown = text(to_report(found, model="m", data="d", conditions={}))
+    assert "  good: FLOPs 450 FLOP (0.45x), bytes 450 B (0.45x), time to first token 4.5 ms (0.45x), accuracy" in shown
     assert search(Synthetic({"good": TABLE["good"]}), Budget.parse(ttft="0.5x"), QUICK, say=quiet).met
 
 

@@ -153,11 +153,20 @@ def text(report: dict[str, Any]) -> str:
     if chosen is None and report["nearest"]:
         lines.append("Nearest:")
         for row in report["nearest"]:
-            shown = ", ".join(f"{AXES[a]} {amount(a, row[a])} ({row[a] / dense[a]:.2f}x)" for a in ("flops", "bytes"))
-            lines.append(f"  {row['recipe']}: {shown}, accuracy {' '.join(delta(row))}")
+            limited = [axis for axis in report["limits"] if axis not in ("flops", "bytes")]
+            shown = [_amount(axis, row, dense) for axis in ("flops", "bytes", *limited)]
+            lines.append(f"  {row['recipe']}: {', '.join(filter(None, shown))}, accuracy {' '.join(delta(row))}")
         lines.append("")
     lines.append(report["verdict"])
     return "\n".join(lines)
+
+
+def _amount(axis: str, row: dict[str, Any], dense: dict[str, Any]) -> str:
+    """A cost in words and against dense, "" when it is not known."""
+    key = f"{axis}_ms" if axis in ("ttft", "tpot") else axis
+    if row[key] is None or not dense[key]:
+        return ""
+    return f"{AXES[axis]} {amount(axis, row[key])} ({row[key] / dense[key]:.2f}x)"
 
 
 def _times(timing: Sequence[dict[str, Any]]) -> list[str]:
