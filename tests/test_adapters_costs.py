@@ -80,7 +80,7 @@ def test_plan_knows_presets_and_folders(slow_attention: dict[str, VLM], tmp_path
         assert main(["plan", str(model), "--image", "640x480", "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["tokens"]["visual"] == visual
     assert main(["plan", "llava-1.6"]) == 2
-    assert "presets: internvl2.5-1b, llava-1.5-7b" in capsys.readouterr().err
+    assert "a preset; did you mean 'llava-1.5-7b'?" in capsys.readouterr().err
 
 
 def test_optimize_runs_on_a_family(tmp_path: Path):
