@@ -91,18 +91,18 @@ class FrameFusion(Reducer):
         self, signals: dict[str, Tensor], states: str, layout: VisualLayout, progress: list[Progress], layers: int
     ) -> Reduction:
         """The call that is due at this layer; `progress` is brought up to date."""
+        now = progress[0]
+        if now.pruning_done:
+            return Reduction(torch.arange(len(layout)))
         place = torch.empty(len(layout), dtype=torch.int64)
         offset = 0
         for table in clips(layout):
             columns = torch.arange(table.shape[1]).expand_as(table) + offset
             place[table[table >= 0]] = columns[table >= 0]
             offset += table.shape[1]
-        now = progress[0]
         # never less than what the layers so far have cost, and one token in the others
         spent = sum(accumulate((1 - fraction for fraction in now.merged), mul))
         cost = max(float(self.keep), spent / layers)
-        if now.pruning_done:
-            return Reduction(torch.arange(len(layout)))
         if now.merging_done:
             kept, progress[0] = prune_call(signals["last_attention"], place, now, cost, layers)
             return Reduction(kept if len(kept) else signals["last_attention"].mean(dim=0).cpu().argmax()[None])
