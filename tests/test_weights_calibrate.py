@@ -336,6 +336,32 @@ def test_statistics_and_dense_layers_follow_a_traded_scale(tiny):
     assert only.norm.tolist() == [3.0, 0.75]
 
 
+def test_a_large_hessian_is_added_by_halves(monkeypatch):
+    """Only blocks on and above the diagonal are computed; what is read is all of it."""
+    monkeypatch.setattr("foveate.weights.statistics._BLOCK", 16)
+    x = torch.randn(3, 7, 40, generator=torch.Generator().manual_seed(0))
+    found = Statistics(("hessian",))
+    for sample in x:
+        found.add(sample)
+    flat = x.flatten(0, 1)
+    torch.testing.assert_close(found.hessian, 2 / 3 * flat.T @ flat)
+    assert torch.equal(found.hessian, found.hessian.T)
+    torch.testing.assert_close(found.norm, flat.square().sum(dim=0) / 3)
+    found.divide(torch.full((40,), 2.0))
+    torch.testing.assert_close(found.hessian, 2 / 3 * flat.T @ flat / 4)
+
+
+@pytest.mark.parametrize("size", [5, 256, 257, 700])
+def test_the_factor_is_that_of_the_inverse(size):
+    x = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(size))
+    hessian = x.T @ x
+    factor = inverse_factor(hessian, 0.01)
+    assert torch.equal(factor, factor.triu())
+    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(size)
+    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    torch.testing.assert_close(factor.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_no_more_than_one_block_is_worked_on_at_a_time(tiny, monkeypatch):
     """Statistics exist for one block, and hidden states once per sample, whatever the number of blocks."""
     alive, most = [0], [0]

@@ -97,24 +97,20 @@ def run(job: Job) -> dict[str, float]:
     small = draw_pictures((64, 64), 0)[0]
     dtype = "float32" if job.dtype == "auto" else job.dtype  # kernels that a dtype brings along are of the baseline
     foveate.load("nano", device="cpu", random_weights=True, dtype=dtype).ask(small, job.prompt, max_new_tokens=2)
-    trim()
-    baseline = resident()
-    _reset()
-    with _watched() as loading:
+    with watched() as loading:
         vlm = foveate.load(job.model, dtype=job.dtype, device=job.device, random_weights=job.random_weights)
         if job.recipe:
             vlm = Recipe.parse(job.recipe).apply(vlm, quiet=True)
+    baseline = loading["before"]
     trim()
     cuda = vlm.device.type == "cuda"
     held = torch.cuda.memory_allocated(vlm.device) if cuda else resident() - baseline
     pictures: list[Any] = [draw_pictures(size, seed)[0] for seed, size in enumerate(job.sizes)]
     if job.frames:
         pictures = [VideoSource(np.stack([picture] * job.frames)) for picture in pictures]
-    trim()
-    _reset()
     if cuda:
         torch.cuda.reset_peak_memory_stats(vlm.device)
-    with _watched() as asking:
+    with watched() as asking:
         vlm.ask(pictures, job.prompt, max_new_tokens=job.new_tokens, num_frames=job.frames)
     most = torch.cuda.max_memory_allocated(vlm.device) if cuda else asking["peak"] - baseline
     return {
@@ -127,9 +123,12 @@ def run(job: Job) -> dict[str, float]:
 
 
 @contextmanager
-def _watched() -> Iterator[dict[str, int]]:
-    """The most resident memory while the block runs: the kernel's mark, or samples where it cannot be reset."""
-    found = {"peak": resident()}
+def watched() -> Iterator[dict[str, int]]:
+    """{"before", "peak"} resident bytes of this process: when the block began, and the most while it ran ("peak" is
+    right when it has ended). The kernel's mark, or samples where that cannot be reset."""
+    trim()
+    _reset()
+    found = dict.fromkeys(("before", "peak"), resident())
     done = threading.Event()
 
     def sample() -> None:

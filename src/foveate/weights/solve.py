@@ -18,6 +18,8 @@ from foveate.weights.grids import Grid, Quantized, gptq_grid
 
 _log = logging.getLogger("foveate")
 MAX_DAMP = 1.0
+_LEAF = 256
+"""Up to this size a triangular matrix is inverted by torch's solver."""
 
 
 def inverse_factor(hessian: Tensor, damp: float, name: str = "the layer") -> Tensor:
@@ -31,12 +33,15 @@ def inverse_factor(hessian: Tensor, damp: float, name: str = "the layer") -> Ten
     mean = hessian.diagonal().mean()
     share = damp
     while share <= MAX_DAMP:
-        damped = hessian.clone()
+        # with rows and columns turned round H is L L^T, so that its inverse is U^T U with U = L^-1 turned back: one
+        # factorization, and never the inverse itself
+        damped = hessian.flip(0, 1)
         damped.diagonal().add_(share * mean)
         lower, bad = torch.linalg.cholesky_ex(damped)
+        del damped
         if not bad:
-            upper, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not bad and bool(torch.isfinite(upper).all()):
+            upper = _inverse_lower(lower).flip(0, 1)
+            if bool(torch.isfinite(upper).all()):
                 if share > damp:
                     _log.warning("%s: its Hessian is singular with damping %g; %g is used", name, damp, share)
                 return upper
@@ -44,6 +49,20 @@ def inverse_factor(hessian: Tensor, damp: float, name: str = "the layer") -> Ten
     raise UnsupportedError(
         f"{name}: its Hessian is singular even with damping {MAX_DAMP:g}; give more calibration samples"
     )
+
+
+def _inverse_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, by halves: torch's own solver does not know that I is triangular."""
+    size = len(lower)
+    if size <= _LEAF:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    half = size // 2
+    made = torch.zeros_like(lower)
+    made[:half, :half] = _inverse_lower(lower[:half, :half])
+    made[half:, half:] = _inverse_lower(lower[half:, half:])
+    made[half:, :half] = -made[half:, half:] @ (lower[half:, :half] @ made[:half, :half])
+    return made
 
 
 def dead_inputs(hessian: Tensor) -> Tensor:
@@ -172,29 +191,30 @@ def gptq(
         w, h = w[:, order], h[order][:, order]
         zeros = None if zeros is None else zeros[:, order]
     factor = inverse_factor(h, damp, name)
+    w, zeros = w.T.contiguous(), None if zeros is None else zeros.T.contiguous()  # a column is read and written whole
     codes, out = torch.empty_like(w), torch.empty_like(w)
     dynamic = whole is None and not static_groups
     for start in range(0, columns, block):
         end = min(start + block, columns)
-        part, local = w[:, start:end].clone(), factor[start:end, start:end]
-        errors = torch.zeros_like(part)
+        part, local = w[start:end].clone(), factor[start:end, start:end]
+        errors = torch.empty_like(part)
         for i in range(end - start):
             at = start + i
             if dynamic and at % width == 0:
                 # the weights outside the working copy, as the code has it: they lack this block's own feedback
-                grids.append(fit(w[:, at : at + width]))
+                grids.append(fit(w[at : at + width].T))
             index = at // width if dynamic else int(order[at]) // width
-            grid, column = grids[index], part[:, i]
-            code = grid.codes(column[:, None])
+            column, top = part[i], grids[index].top
+            grid = Grid(grids[index].scale[:, 0], grids[index].zero[:, 0], top)
+            code = grid.codes(column)
             if zeros is not None:
-                code = torch.where(zeros[:, at, None], grid.zero, code)
-            kept = grid.values(code)[:, 0]
-            error = (column - kept) / local[i, i]
-            part[:, i + 1 :] -= error[:, None] * local[i, i + 1 :]
-            codes[:, at], out[:, at], errors[:, i] = code[:, 0], kept, error
-        w[:, end:] -= errors @ factor[start:end, end:]
+                code = torch.where(zeros[at], grid.zero, code)
+            codes[at], out[at] = code, grid.values(code)
+            errors[i] = (column - out[at]) / local[i, i]
+            part[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+        w[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     back = order.argsort()
-    codes, out = codes[:, back], out[:, back]
+    codes, out = codes[back].T.contiguous(), out[back].T.contiguous()
     scale, zero = (torch.cat([g[k] for g in grids], dim=1) for k in (0, 1))
     quantized = None
     if not (act_order and dynamic):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 KINDS = ("norm", "hessian", "max", "mean")
+_BLOCK = 512
+"""Rows of a Hessian that are added at a time, from the diagonal on: the other half is the same numbers."""
 
 
 class Statistics:
@@ -20,7 +22,7 @@ class Statistics:
     def __init__(self, kinds: Collection[str]) -> None:
         self.kinds = frozenset(kinds)
         self.samples = self.tokens = 0
-        self._gram: Tensor | None = None
+        self._gram: Tensor | None = None  # blocks right of and on the diagonal; 0 elsewhere
         self._squares: Tensor | None = None
         self._max: Tensor | None = None
         self._abs: Tensor | None = None
@@ -46,10 +48,18 @@ class Statistics:
         if weights is not None:
             x = x * weights.sqrt()
         if "hessian" in self.kinds:
-            self._gram = x.T @ x if self._gram is None else self._gram.addmm_(x.T, x)
+            self._add_products(x)
         elif "norm" in self.kinds:
             squares = x.square().sum(dim=0)
             self._squares = squares if self._squares is None else self._squares + squares
+
+    def _add_products(self, x: Tensor) -> None:
+        width = x.shape[1]
+        if self._gram is None:
+            self._gram = torch.zeros(width, width, device=x.device)
+        for start in range(0, width, _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            self._gram[rows, start:].addmm_(x[:, rows].T, x[:, start:])
 
     def divide(self, scale: Tensor) -> None:
         """From now on tell of inputs x / scale [I] instead of x."""
@@ -68,7 +78,10 @@ class Statistics:
     @property
     def hessian(self) -> Tensor:
         """[I, I] 2/n times the sum of x x^T over all tokens of n samples (SparseGPT, GPTQ), undamped; a copy."""
-        return self._need(self._gram, "hessian") * (2 / self.samples)
+        made = self._need(self._gram, "hessian") * (2 / self.samples)
+        for end in range(_BLOCK, len(made), _BLOCK):
+            made[end:, end - _BLOCK : end] = made[end - _BLOCK : end, end:].T
+        return made
 
     @property
     def absmax(self) -> Tensor:
