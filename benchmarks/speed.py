@@ -357,10 +357,10 @@ def main() -> None:
         if "memory" not in run:
             run["memory"] = memory(run, loads(size)[0], end)
             write_json(args.out, run_header() | header | report)
-    vlm, methods, seconds = None, {}, 0.0
+    vlm, methods, least = None, {}, 0.0
     for done, (run, load) in enumerate(todo):
         began = time.monotonic()
-        if began + seconds > end:  # no shorter than the one before
+        if began + least > end:  # one round takes no less than it took of the size before
             report["skipped"].append({"preset": run["preset"], "size": list(load.size), "frames": load.frames})
             continue
         if vlm is None or vlm.name != run["preset"]:
@@ -372,6 +372,7 @@ def main() -> None:
         run["sizes"] = sorted([*run["sizes"], found], key=lambda one: one["visual"])
         run["break_even"] = break_evens(run["sizes"])
         seconds = time.monotonic() - began
+        least = seconds / (found["rounds"] + found["discarded"])
         run["seconds"] = round(run.get("seconds", 0.0) + seconds, 1)
         print(f"{run['preset']}, {found['visual']} visual tokens, {found['rounds']} rounds, {seconds:.0f} s")
         print(told(found, run["break_even"]))
