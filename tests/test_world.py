@@ -390,6 +390,41 @@ def test_statements_are_balanced_and_true_of_the_picture() -> None:
     assert 0.45 < answers.count("true") / len(answers) < 0.55
 
 
+def test_inventory_agrees_with_what_is_drawn() -> None:
+    forms = set()
+    for scene in scenes("inventory", 80):
+        boxes = [[b for b in scene.objects[0] if b.x0 // PITCH == i] for i in range(3)]
+        boxes = [[(b.shape, b.colour or "black") for b in sorted(box, key=lambda b: -b.y0)] for box in boxes]
+        everything = [b for box in boxes for b in box]
+        for q in scene.questions:
+            assert q.auxiliary
+            forms.add(q.form)
+            words = q.text.rstrip("?").split()
+            named_colours = [w for w in words if w in ("black", "blue", "yellow")]
+            shape = next((w.rstrip("s") for w in words if w.rstrip("s") in ("circle", "square", "triangle")), "")
+            place = next((i for i, w in enumerate(("left", "middle", "right")) if f"{w} tower" in q.text), None)
+
+            def fits(thing: tuple[str, str], shape: str = shape, colours: list[str] = named_colours) -> bool:
+                return (not shape or thing[0] == shape) and (not colours or thing[1] == colours[0])
+
+            if place is not None:
+                column = [colour for _, colour in boxes[place]]
+                want = {"blocks": " ".join(column), "height": str(len(column)), "base": column[0], "top": column[-1]}
+                assert q.answer == want[q.form]
+            elif q.form in ("colour_blocks", "colour_all", "shape_all", "kind_all", "all_blocks"):
+                assert q.answer == str(sum(map(fits, everything))), q
+            elif q.form == "holding":
+                assert q.answer == str(sum(any(map(fits, box)) for box in boxes)), q
+            elif q.form in ("bases", "tops"):
+                at = 0 if q.form == "bases" else -1
+                assert q.answer == str(sum(box[at][1] == named_colours[0] for box in boxes))
+            elif q.form == "over":
+                high, low = named_colours
+                pairs = [list(zip([c for _, c in box], [c for _, c in box[1:]])) for box in boxes]
+                assert q.answer == str(sum((low, high) in p for p in pairs))
+    assert {"blocks", "over", "holding", "kind_all", "edge", "wall", "each", "tallest"} <= forms
+
+
 def test_single_shape_questions_agree_with_the_shape() -> None:
     yes = total = 0
     for scene in scenes("single", 60):

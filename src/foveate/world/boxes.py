@@ -71,32 +71,46 @@ def _close(o: Item, x: int, y: int, side: int) -> bool:
     return o.x - side - 2 < x < o.x + o.side + 2 and o.y - side - 2 < y < o.y + o.side + 2
 
 
-def boxes(rng: random.Random, options: Options) -> Draft:
-    """Three boxes of towers (60 %) or of scattered things, with about eight statements, half of them true."""
-    towers = rng.random() < 0.6
-    content = [_tower(rng) if towers else _scatter(rng) for _ in range(3)]
-    truth = {
-        "towers": towers,
-        "boxes": [sorted([i.shape, i.colour, i.side, i.x // 20, i.y // 20] for i in box) for box in content],
-    }
+class Layout(NamedTuple):
+    """What is in the three boxes; of towers, base first."""
 
-    def ask() -> list[Question]:
-        size = sum(map(len, content))
-        return [
-            Question("statement", ((f"{text} True or false?", "true" if true else "false"),), 0.5, size, form, True)
-            for form, text, true in statements(rng, content, towers, NUM_STATEMENTS)
-        ]
+    towers: bool
+    boxes: list[list[Item]]
 
-    def paint() -> Picture:
+    def truth(self) -> dict[str, object]:
+        """The ground truth on a grid of 20 units."""
+        kept = [sorted([i.shape, i.colour, i.side, i.x // 20, i.y // 20] for i in box) for box in self.boxes]
+        return {"towers": self.towers, "boxes": kept}
+
+    def paint(self, options: Options) -> Picture:
+        """One picture; `options.size` is its height."""
         canvas = Canvas((128, 128, 128), options.size, (WIDTH, HEIGHT))
-        for i, box in enumerate(content):
+        for i, box in enumerate(self.boxes):
             left = i * PITCH
             canvas.rect((211, 211, 211), left, 0, left + BOX, HEIGHT)
             for item in box:
                 _draw(canvas, item, left)
         return [canvas.array()], [canvas.boxes]
 
-    return Draft(truth, ask, paint)
+
+def layout(rng: random.Random) -> Layout:
+    """Three towers (60 %), or three boxes of scattered things."""
+    towers = rng.random() < 0.6
+    return Layout(towers, [_tower(rng) if towers else _scatter(rng) for _ in range(3)])
+
+
+def boxes(rng: random.Random, options: Options) -> Draft:
+    """Three boxes of towers (60 %) or of scattered things, with about eight statements, half of them true."""
+    plan = layout(rng)
+
+    def ask() -> list[Question]:
+        size = sum(map(len, plan.boxes))
+        return [
+            Question("statement", ((f"{text} True or false?", "true" if true else "false"),), 0.5, size, form, True)
+            for form, text, true in statements(rng, plan.boxes, plan.towers, NUM_STATEMENTS)
+        ]
+
+    return Draft(plan.truth(), ask, lambda: plan.paint(options))
 
 
 def _draw(canvas: Canvas, item: Item, left: int) -> None:

@@ -28,6 +28,7 @@ _KINDS = Registry(
         "clip_signs": "foveate.world.lessons:signs",
         "grid": "foveate.world.lessons:grid",
         "plot": "foveate.world.charts:plot",
+        "inventory": "foveate.world.inventory:inventory",
     },
 )
 KINDS = (
@@ -49,9 +50,10 @@ KINDS = (
     "clip_signs",
     "grid",
     "plot",
+    "inventory",
 )
 """Every kind. `single` and `boxes` carry training-only questions in the manner of easy-VQA and NLVR."""
-LESSONS = ("clip_signs", "grid", "plot")
+LESSONS = ("clip_signs", "grid", "plot", "inventory")
 """Kinds that lead up to a skill; they add no words that the tokenizer has to learn."""
 CLIP_KINDS = tuple(kind for kind in KINDS if kind.startswith("clip_"))
 MIN_FRAMES, MAX_FRAMES = 8, 32
