@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -167,6 +167,8 @@ def box_property(rng: random.Random, boxes: Sequence[Box], towers: bool) -> Prop
     model = rng.choice(boxes)
     kind = rng.random()
     name = rng.choice(("item", "block")) if towers else rng.choice(("item", "object"))
+    if kind < 0.12:
+        return _listed(rng, model, towers, name)
     if kind < 0.4:
         thing = noun(rng, model, towers)
         q = quantity(rng, thing.count(model), top=6)
@@ -220,6 +222,36 @@ def box_property(rng: random.Random, boxes: Sequence[Box], towers: bool) -> Prop
     )
 
 
+def _listed(rng: random.Random, model: Box, towers: bool, name: str) -> Property:
+    """A list of kinds, a number and its colours, or what some of a number of things are like."""
+    kind = rng.random()
+    n = max(1, len(model) + rng.choice((-1, 0, 0, 0, 1)))
+    things = f"{_number(rng, n)} {name}{'s' * (n > 1)}"
+    if kind < 0.35:
+        seen = rng.choices(model, k=3) if rng.random() < 0.85 else rng.choices(model, k=2)
+        kinds = {(i.colour, i.shape) for i in seen}
+        if len(kinds) > 1:
+            if rng.random() < 0.4:  # one kind that may not be there
+                kinds.pop()
+                kinds.add((rng.choice(_COLOURS), rng.choice([i.shape for i in model])))
+            words_ = [f"a {colour} {'block' if towers else shape}" for colour, shape in sorted(kinds)]
+            rng.shuffle(words_)
+            listed = " and ".join(filter(None, (", ".join(words_[:-1]), words_[-1])))
+            return listed, lambda b: kinds <= {(i.colour, i.shape) for i in b}
+    if kind < 0.7:
+        have = sorted({i.colour for i in model})
+        c1, c2 = have if len(have) == 2 and rng.random() < 0.8 else rng.sample(_COLOURS, 2)
+        colour = rng.choice(("color", "color", "colour"))
+        words = rng.choice((f"{things} of only {c1} and {c2} {colour}", f"only {things} of {c1} and {c2} {colour}"))
+        return words, lambda b: len(b) == n and {i.colour for i in b} == {c1, c2}
+    thing = noun(rng, model, towers, place=False)
+    k = max(1, thing.count(model) + rng.choice((-1, 0, 0, 0)))
+    if k >= n:
+        return things, lambda b: len(b) == n if len(b) <= n else None
+    which = f"are {thing.plural}" if k > 1 else f"is a {thing.singular}"
+    return f"{things}, {_number(rng, k)} of which {which}", lambda b: len(b) == n and thing.count(b) == k
+
+
 def tower_property(rng: random.Random, boxes: Sequence[Box]) -> Property:
     """Something that a tower may have, worded after a tower of the scene."""
     model = rng.choice(boxes)
@@ -247,12 +279,21 @@ def tower_property(rng: random.Random, boxes: Sequence[Box]) -> Property:
             )
         )
         return words, lambda b: _both(q.fits(len(b)), b[at].colour == c)
+    if kind < 0.75:
+        c, n = rng.choice(model).colour, rng.choice((2, 2, 3))
+        words = rng.choice((f"{_number(rng, n)} {c} blocks stacked together", f"{_number(rng, n)} {c} blocks together"))
+        return words, lambda b: None if _run(b, c) > n else _run(b, c) == n
     if kind < 0.82 and len(model) > 1:
         i = rng.randrange(len(model) - 1)
         low, high = (model[i].colour, model[i + 1].colour) if rng.random() < 0.7 else rng.choices(_COLOURS, k=2)
         word = rng.choice(("over", "on", "on top of", "above"))
         return f"a {high} block {word} a {low} block", lambda b: _on(b, high, low, word)
     return box_property(rng, boxes, True)
+
+
+def _run(box: Box, colour: str) -> int:
+    """The most blocks of one colour in a row."""
+    return max((len(list(run)) for c, run in groupby(i.colour for i in box) if c == colour), default=0)
 
 
 def _on(box: Box, high: str, low: str, word: str) -> bool | None:
