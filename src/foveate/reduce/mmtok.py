@@ -32,11 +32,10 @@ ANSWER_FORMATS = (
     "Answer with the option's letter from the given choices directly.",
 )
 _STOP = frozenset(
-    re.findall(
-        r"\w+",
-        "question answer an a the who what which why how where when i you he she it we they if then so and or but "
-        "be been being is are was were do does did have has had by for from to at with into onto upon",
-    )
+    (
+        "a an and answer are at be been being but by did do does for from had has have he how i if into is it "
+        "onto or question she so the then they to upon was we were what when where which who why with you"
+    ).split()
 )
 
 
