@@ -32,10 +32,11 @@ ANSWER_FORMATS = (
     "Answer with the option's letter from the given choices directly.",
 )
 _STOP = frozenset(
-    (
-        "a an and answer are at be been being but by did do does for from had has have he how i if into is it "
-        "onto or question she so the then they to upon was we were what when where which who why with you"
-    ).split()
+    re.findall(
+        r"\w+",
+        "a an and answer are at be been being but by did do does for from had has have he how i if into is "
+        "it onto or question she so the then they to upon was we were what when where which who why with you",
+    )
 )
 
 
