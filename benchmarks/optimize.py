@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shlex
 import subprocess
 import sys
@@ -46,24 +47,32 @@ SHOWN = (
 
 
 def measured(arguments: str) -> dict[str, Any]:
-    """{"arguments", "seconds", "exit_code", "space", "tried", "report"} of one command, in a process of its own."""
+    """{"arguments", "seconds", "cpu_seconds", "exit_code", "space", "tried", "report"} of one command, in a process of
+    its own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         command = [sys.executable, "-m", "foveate", "optimize", *shlex.split(arguments), "-o", str(out)]
-        start = time.monotonic()
+        start, before = time.monotonic(), processor_seconds()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        seconds = time.monotonic() - start
+        seconds, spent = time.monotonic() - start, processor_seconds() - before
         if done.returncode not in (0, 1):
             raise SystemExit(f"foveate optimize {arguments}: exit code {done.returncode}")
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    return row(arguments, report, seconds, done.returncode)
+    return row(arguments, report, seconds, spent, done.returncode)
 
 
-def row(arguments: str, report: dict[str, Any], seconds: float, code: int) -> dict[str, Any]:
+def processor_seconds() -> float:
+    """What ended child processes have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def row(arguments: str, report: dict[str, Any], seconds: float, cpu_seconds: float, code: int) -> dict[str, Any]:
     """What is kept of a run."""
     return {
         "arguments": arguments,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "exit_code": code,
         "space": report["space"],
         "tried": sum(trial["n"] > 0 for trial in report["trials"]),

@@ -470,13 +470,14 @@ def search(report: Row | None) -> str:
 def optimize(name: str, report: Row | None) -> str:
     """The text that one run of the main command printed, with its time."""
     if report is None or name not in report["runs"]:
-        return missing("optimize")
+        return f"*Not taken yet: `python benchmarks/optimize.py --only {name}`.*"
     from foveate.optimize.result import text
 
     run = report["runs"][name]
     return (
         f"```text\n$ foveate optimize {run['arguments']}\n{text(run['report'])}\n```\n\n"
-        f"{run['tried']} of {run['space']['weighed']} recipes weighed were tried; {run['seconds']:.0f} s in all.\n\n"
+        f"{run['tried']} of {run['space']['weighed']} recipes weighed were tried; {run['seconds']:.0f} s in all, "
+        f"{run['cpu_seconds']:.0f} s of processor time.\n\n"
         f"{conditions(report)}"
     )
 

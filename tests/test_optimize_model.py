@@ -378,10 +378,12 @@ def test_the_command(nano_folder, tmp_path, monkeypatch, capsys, all_right):
     monkeypatch.chdir(tmp_path)
     path = write_questions(tmp_path, 2)
     common = ["optimize", str(nano_folder), "--data", str(path), "--method", "rtn", "--limit", "1", "--device", "cpu"]
-    code = cli([*common, "--max-bytes", "0.9x", "--max-loss", "100pt", "-o", "out", "--json", "--quiet"])
+    more = ["--strategy", "genetic", "-o", "out", "--json", "--quiet"]
+    code = cli([*common, "--max-bytes", "0.9x", "--max-loss", "100pt", *more])
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert code == 0 and report["met"] and report["recipe"].startswith("rtn") and captured.err == ""
+    assert report["conditions"]["strategy"].startswith("genetic:")
     assert cli([*common, "--max-bytes", "1B", "--quiet"]) == 1
     shown = capsys.readouterr().out
     assert "No recipe meets the budget" in shown and "Nearest" in shown and "bytes" in shown

@@ -62,7 +62,7 @@ def test_a_shape_without_a_question_is_one_clear_line(vlm):
     with pytest.raises(InputError, match=r"--time-on nano: it can be asked none of the questions: .*no such file"):
         _ = times.sample
     with pytest.raises(UnknownNameError, match="did you mean 'nano'"):
-        _ = Times(vlm, [TEXT], "nanno").dense
+        Times(vlm, [TEXT], "nanno")
 
 
 def test_random_weights_are_not_calibrated(vlm, monkeypatch):

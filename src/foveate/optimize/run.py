@@ -405,7 +405,7 @@ def _prove(bench: Workbench, found: Outcome, winner: Trial, effort: Effort, seed
 def _row(
     role: str, recipe: str, cost: Cost, dense: np.ndarray, scores: np.ndarray, groups: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    delta = paired_interval(dense, scores, groups, seed=seed)
+    delta = paired_interval(dense, scores, groups, seed=seed, resamples=10_000)
     accuracy = [float(scores[np.asarray(groups) == name].mean()) for name in dict.fromkeys(groups)]
     return {
         "role": role,

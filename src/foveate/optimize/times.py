@@ -17,8 +17,11 @@ import numpy as np
 import torch
 
 import foveate
+from foveate.adapters.presets import PRESETS as OTHERS
 from foveate.bench import cost as costs
-from foveate.errors import FoveateError, InputError
+from foveate.errors import FoveateError, InputError, UnknownNameError
+from foveate.method import nearest
+from foveate.nvila.presets import PRESETS as NVILA
 from foveate.optimize.answers import apply, parse
 from foveate.optimize.estimate import Estimator
 from foveate.vlm import VLM, Request
@@ -47,12 +50,15 @@ Message = list[dict[str, Any]]
 class Times:
     """vlm: the dense model. dialogues: messages of the questions. preset: an architecture that is timed in its place.
 
-    Raises, when a time is first asked for, UnknownNameError (no such preset) and InputError (it can be asked none of
-    the questions).
+    Raises UnknownNameError (no such preset), and when a time is first asked for InputError (the preset can be asked
+    none of the questions).
     """
 
     def __init__(self, vlm: VLM, dialogues: Sequence[Message], preset: str | None = None) -> None:
         self._vlm, self._preset, self._dialogues = vlm, preset, dialogues[:QUESTIONS]
+        known = [*NVILA.names(), *OTHERS.names()]
+        if preset is not None and preset not in known:  # said now, not after the search
+            raise UnknownNameError(f"--time-on {preset}: there is no such preset{nearest(preset, known)}")
 
     @cached_property
     def dense(self) -> VLM:
