@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from common import run_header, write_json
 from curves import bars
-from tables import BEYOND, SELECTION, counted
+from tables_cost import BEYOND, SELECTION, counted
 
 import foveate
 from foveate.adapters.base import COMMON_SIGNALS

@@ -9,27 +9,22 @@ Nothing is typed by hand: a figure whose file is missing leaves a line that says
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from tables_cost import compress_cost, plan_check, speed
+from tables_text import RESULTS, Row, accuracy, conditions, load, missing, signed, table, with_interval
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 MARGIN, GOOD, WANTED = 0.3, 0.85, 8
 """A skill passes at chance + MARGIN; at least WANTED skills are meant to reach GOOD."""
-SELECTION, BEYOND = 0.03, 0.10
-"""What selecting may cost of the dense prefill, and how far the time to the first token may lie from its FLOPs."""
-PREDICTED_TIME, PREDICTED_MEMORY = 0.25, 0.10
-"""How far a plan may be off."""
 REAL_NOTES = {
     "easy-vqa": "drawn shapes, trained on its train split",
     "nlvr": "human sentences about rendered pictures, trained on a part of its dev split",
     "flickr8k-match": "real photos, never trained on",
 }
-Row = dict[str, Any]
 
 
 def documents(root: Path = ROOT) -> list[Path]:
@@ -56,39 +51,6 @@ def rewrite(kind: str, make: Callable[[str], str], root: Path = ROOT, check: boo
             if not check:
                 file.write_text(new, encoding="utf-8")
     return changed
-
-
-def load(name: str, results: Path = RESULTS) -> Row | None:
-    """The content of results/NAME.json, or None when it was not taken yet."""
-    path = results / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def missing(name: str) -> str:
-    return f"*Not taken yet: `benchmarks/results/{name}.json` is missing.*"
-
-
-def conditions(report: Row) -> str:
-    """The line that a number never travels without."""
-    versions = report.get("versions", {})
-    shown = ", ".join(f"{name} {versions[name]}" for name in ("foveate", "torch", "transformers") if name in versions)
-    threads = f", {report['threads']} of {report['cores']} threads" if "threads" in report else ""
-    seed = f", seed {report['seed']}" if "seed" in report else ""
-    return f"*{report.get('device', 'unknown device')}{threads}; {shown}; {report.get('date', 'no date')}{seed}.*"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
-    lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)]), *map(" | ".join, rows)]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def accuracy(row: Row) -> str:
-    return f"{row['accuracy']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-
-
-def signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
 
 
 # ---- nano
@@ -163,11 +125,6 @@ def nano_limits(report: Row | None) -> str:
 
 
 # ---- methods
-
-
-def with_interval(delta: Row | None) -> str:
-    """A paired difference {"value", "low", "high"}, or nothing."""
-    return f"{signed(delta['value'])} [{signed(delta['low'])}, {signed(delta['high'])}]" if delta else ""
 
 
 def methods_grid(report: Row | None) -> str:
@@ -296,153 +253,6 @@ def cache(name: str, report: Row | None) -> str:
     return "\n\n".join([*parts, conditions(report)])
 
 
-# ---- speed
-
-
-def speed(name: str, report: Row | None) -> str:
-    """What each recipe of a reduction (of all, for "") costs and saves at every size; missed targets are marked."""
-    if report is None:
-        return missing("speed")
-    parts, found = [], False
-    for run in report["runs"]:
-        for size in run["sizes"]:
-            rows = [_speed_row(row, run) for row in size["rows"] if _is_of(row["recipe"], name) and "failed" not in row]
-            if not rows:
-                continue
-            found = True
-            head = [
-                "recipe",
-                "selection / dense prefill",
-                "of it in the tower",
-                "TTFT / dense [95 %]",
-                "FLOPs predict",
-                "over it",
-                "pays from",
-            ]
-            parts.append(_speed_title(run, size) + "\n\n" + table(head, rows))
-    if not found:
-        return f"*Not taken yet: `benchmarks/results/speed.json` holds no recipe of `{name}`.*"
-    if not name:
-        parts += [_speed_memory(run) for run in report["runs"] if run.get("memory")]
-    marks = (
-        f"{_speed_met(report, name)} ✗: selection above {SELECTION:.0%} of the dense prefill, or TTFT over "
-        f"{BEYOND:.0%} from what FLOPs predict."
-    )
-    return "\n\n".join([*parts, marks, conditions(report)])
-
-
-def _speed_met(report: Row, name: str) -> str:
-    """How many rows meet both targets, and what was left out for want of time."""
-    sizes = [size for run in report["runs"] for size in run["sizes"]]
-    rows = [row for size in sizes for row in size["rows"] if "failed" not in row and _is_of(row["recipe"], name)]
-    cheap = sum(row["selection_share"]["value"] <= SELECTION for row in rows)
-    known = [row for row in rows if counted(row)]
-    near = sum(abs(row["ttft_over_predicted"] - 1) <= BEYOND for row in known)
-    skipped = "".join(f" Left out for want of time: {_skipped(one)}." for one in report.get("skipped", []))
-    return (
-        f"Selection costs at most {SELECTION:.0%} of the dense prefill in {cheap} of {len(rows)} rows; TTFT lies "
-        f"within {BEYOND:.0%} of what FLOPs predict in {near} of {len(known)}.{skipped}"
-    )
-
-
-def _skipped(one: Row) -> str:
-    return f"`{one['preset']}`, " + (f"{one['frames']} frames" if one["frames"] else "x".join(map(str, one["size"])))
-
-
-def counted(row: Row) -> bool:
-    """Whether the counts know what a recipe saves; they do not know masks inside layers."""
-    return any(tokens < row["visual"] for tokens in row["per_layer"])
-
-
-def _is_of(recipe: str, name: str) -> bool:
-    return not name or recipe.partition("(")[0] == name
-
-
-def _speed_title(run: Row, size: Row) -> str:
-    """What was asked of which model, and how noisy it was."""
-    media = (
-        f"a clip of {size['frames']} frames" if size["frames"] else f"a picture of {size['size'][0]}x{size['size'][1]}"
-    )
-    dense, again = size["dense"], size["again"]
-    noise = ", on a machine that was never quiet" if size["noisy"] else f", {size['discarded']} dropped"
-    threads = "1 thread" if run["threads"] == 1 else f"{run['threads']} threads"
-    tokens = f"{size['visual']} visual and {size['text']} text tokens"
-    return (
-        f"**`{run['preset']}`, {run['dtype']}, {threads}, {media}: {tokens}.** "
-        f"Dense: tower {dense['tower_ms'] / 1e3:.2f} s, prefill {dense['prefill_ms'] / 1e3:.2f} s; {size['rounds']} "
-        f"rounds{noise}; dense against itself {again['value']:.3f} [{again['low']:.3f}, {again['high']:.3f}]."
-    )
-
-
-def _speed_row(row: Row, run: Row) -> list[str]:
-    selection, ttft, over = row["selection_share"], row["ttft_ratio"], row["ttft_over_predicted"]
-    crossing = run["break_even"][row["recipe"]]
-    least, most = crossing["points"][0], crossing["points"][-1]
-    pays = f"{crossing['tokens']:.0f}" if crossing["tokens"] else f"≤ {least['tokens']}"
-    if crossing["tokens"] is None and most["ratio"] >= 1:
-        pays = f"> {most['tokens']}"
-    known = counted(row)
-    return [
-        f"`{row['recipe']}`",
-        f"{selection['value']:.1%}" + (" ✗" if selection["value"] > SELECTION else ""),
-        f"{row['signals_ms'] / row['select_ms']:.0%}" if row["signals_ms"] >= 0.1 else "",
-        f"{ttft['value']:.3f} [{ttft['low']:.3f}, {ttft['high']:.3f}]",
-        f"{row['ttft_predicted']:.3f}" if known else "",
-        (f"{over - 1:+.1%}".replace("-", "−") + (" ✗" if abs(over - 1) > BEYOND else "")) if known else "",
-        pays,
-    ]
-
-
-def _speed_memory(run: Row) -> str:
-    rows = [
-        [f"`{row['recipe']}`" if row["recipe"] else "dense", f"{row['peak'] / 1e6:.0f}", f"{row['weights'] / 1e6:.0f}"]
-        for row in run["memory"]
-    ]
-    size = run["memory"][0]["size"]
-    head = [f"`{run['preset']}`, {run['dtype']}, {size[0]}x{size[1]}", "peak MB", "of which weights"]
-    return table(head, rows)
-
-
-def _ms(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def plan_check(report: Row | None) -> str:
-    """Predicted over measured, time by stage and peak memory, and how many are as near as a plan may be."""
-    if report is None:
-        return missing("plan_check")
-    rows, hits = [], {"times": [], "peaks": []}
-
-    def cell(predicted: float, measured: float, within: float, kind: str, show: Callable[[float], str]) -> str:
-        hits[kind].append(abs(predicted / measured - 1) <= within)
-        return f"{show(predicted)} / {show(measured)} ({predicted / measured - 1:+.0%}){'' if hits[kind][-1] else ' ✗'}"
-
-    for row in report["rows"]:
-        pairs = [row["stages"][stage] for stage in ("tower", "prefill", "decode", "ttft")]
-        cells = [cell(pair["predicted"], pair["measured"], PREDICTED_TIME, "times", _ms) for pair in pairs]
-        held = report.get("peaks", {}).get(f"{row['preset']} {row['dtype']} {row['recipe']}".strip())
-        whole, process = "", row["bytes"].get("process")
-        if held and process:
-            total = held["baseline"] + held["peak"]
-            whole = cell(process, total, PREDICTED_MEMORY, "peaks", lambda value: f"{value / 1e6:.0f}")
-        above = f"{row['bytes']['peak'] / 1e6:.0f} / {held['peak'] / 1e6:.0f}" if held else ""
-        noisy = ", never quiet" if row["noisy"] else ""
-        if row.get("repeats", 1) > 2:
-            noisy += f", {row['repeats']} repeats that spread by {row['spread']['ttft']:.0%}"
-        form = f"clip of {row['frames']} frame" if row.get("frames") else "picture"
-        what = f"`{row['preset']}` {row['dtype']}, {form} {row['size'][0]}x{row['size'][1]}{noisy}"
-        rows.append([what, f"`{row['recipe']}`" if row["recipe"] else "dense", *cells, whole, above])
-    head = ["model", "recipe", "tower ms", "prefill ms", "a token ms", "TTFT ms", "process MB", "of that request MB"]
-    near = ", ".join(f"{sum(hits[kind])} of {len(hits[kind])} {kind}" for kind in hits if hits[kind])
-    drift = [abs(rate - 1) for rate in report.get("drift", {}).values()]
-    moved = f" Calibrated again at the end, rates differed by up to {max(drift):.0%}." if drift else ""
-    note = (
-        f"Predicted / measured (error); ✗: time off by more than {PREDICTED_TIME:.0%} or memory of the process by more "
-        f"than {PREDICTED_MEMORY:.0%}. Near enough: {near}. Machine: {report['machine']['source']}.{moved}"
-    )
-    return f"{table(head, rows)}\n\n{note}\n\n{conditions(report)}"
-
-
 def search(report: Row | None) -> str:
     """How much of the true front each strategy finds, beside random search with as many evaluations."""
     if report is None:
@@ -489,6 +299,7 @@ TABLES: dict[str, tuple[str, Callable[[Row | None], str]]] = {
     "nano_real": ("nano_quality", nano_real),
     "nano_limits": ("nano_quality", nano_limits),
     "plan_check": ("plan_check", plan_check),
+    "compress_cost": ("compress_cost", compress_cost),
 }
 
 

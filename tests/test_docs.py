@@ -30,6 +30,8 @@ def module(path: str) -> Any:
     """A file of the repository as a module; one copy for all tests."""
     name = f"docs_{Path(path).stem}"
     if name not in sys.modules:
+        if str(ROOT / "benchmarks") not in sys.path:
+            sys.path.append(str(ROOT / "benchmarks"))  # scripts import their neighbours
         spec = importlib.util.spec_from_file_location(name, ROOT / path)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
@@ -118,6 +120,25 @@ def test_a_missing_file_is_said():
     for build in (tables.nano_quality, tables.nano_real, tables.nano_limits):
         assert "not" in build(None).lower() and "nano_quality.json" in build(None)
     assert "methods.json" in tables.method("uniform", None)
+
+
+def test_costs_of_compressing_tell_noise_from_gains():
+    tables = module("benchmarks/tables.py")
+    assert "compress_cost.json" in tables.compress_cost(None)
+    stage = {"ratio": 0.5, "low": 0.4, "high": 0.6, "real": True}
+    row = {
+        "seconds": {"load": 5.0, "apply": 60.0, "save": 1.0},
+        "peak_bytes": 3 * 2**30,
+        "saved_bytes": [1_787_000_000, 1_257_000_000],
+        "run": {"pairs": 5, "noisy": True},
+        "tokens": {"visual": 1458, "text": 60},
+        "stages": {"tower": stage, "prefill": {**stage, "real": False}, "decode": stage},
+    }
+    untimed = {key: row[key] for key in ("seconds", "peak_bytes", "saved_bytes")}
+    report = {"preset": "p", "dtype": "bfloat16", "where": "cpu", "recipes": {"rtn": row, "gptq": untimed}}
+    text = tables.compress_cost(report)
+    assert "| `rtn` | 1.1 | 3.00 | 1787 → 1257 | 0.50 [0.40, 0.60] | 0.50 [0.40, 0.60] ≈ | 0.50 [0.40, 0.60] |" in text
+    assert "| `gptq` | 1.1 | 3.00 | 1787 → 1257 |  |  |  |" in text and "5 pairs, on a machine that was never" in text
 
 
 def test_weight_tables_hold_accuracy_and_perplexity():
