@@ -269,7 +269,16 @@ def test_measured_time_can_overrule_the_prediction():
     assert found.nearest[0].cost.ttft_ms == pytest.approx(4.5)
     shown = text(to_report(found, model="m", data="d", conditions={}))
     assert "  good: FLOPs 450 FLOP (0.45x), bytes 450 B (0.45x), time to first token 4.5 ms (0.45x), accuracy" in shown
-    assert search(Synthetic({"good": TABLE["good"]}), Budget.parse(ttft="0.5x"), QUICK, say=quiet).met
+    met = search(Synthetic({"good": TABLE["good"]}), Budget.parse(ttft="0.5x"), QUICK, say=quiet)
+    assert met.met and "first token, 0.45x [0.40, 0.60] of dense in 10 pairs, may lie beyond its limit" in met.verdict
+    assert "proven" not in met.verdict
+    sure = search(Synthetic({"good": TABLE["good"]}), Budget.parse(ttft="0.7x"), QUICK, say=quiet)
+    assert sure.met and "beyond its limit" not in sure.verdict and "busy" not in sure.verdict
+    bench = Synthetic({"good": TABLE["good"]})
+    real = bench.time
+    bench.time = lambda recipe: real(recipe) | {"noisy": True}
+    assert "The machine was busy" in search(bench, Budget.parse(ttft="0.7x"), QUICK, say=quiet).verdict
+    assert "busy" not in search(bench, Budget.parse(loss="2pt"), QUICK, say=quiet).verdict  # no time is limited
 
 
 def test_ctrl_c_keeps_the_best_so_far():

@@ -62,14 +62,32 @@ def verdict(found: Outcome) -> str:
         return f"Not met: {shown}, but the skill {skill} loses {points(-found.skills[skill]['delta'])}."
     if found.blind:
         return f"Nothing is proven: the dense model is right on no sample of {found.proof.n}, {BLIND}"
+    noise = _unsure_times(found)
     if found.met and found.interrupted:
-        return f"Budget met: {shown}; interrupted before the naive choices were compared."
-    if found.proof.low >= -found.budget.max_loss:
-        return f"Budget met and proven: {shown}; even the lower end loses at most {allowed}."
+        return f"Budget met: {shown}; interrupted before the naive choices were compared.{noise}"
+    if found.met and found.proof.low >= -found.budget.max_loss:
+        proven = "" if noise else " and proven"
+        return f"Budget met{proven}: {shown}; even the lower end loses at most {allowed}.{noise}"
     if found.met:
-        return f"Budget met: {shown}. The loss is within {allowed}, but the interval reaches further."
+        return f"Budget met: {shown}. The loss is within {allowed}, but the interval reaches further.{noise}"
     noise = "beyond noise" if found.proof.high < -found.budget.max_loss else "though not beyond noise"
     return f"Not met: {shown}, more than the {allowed} allowed, {noise}."
+
+
+def _unsure_times(found: Outcome) -> str:
+    """What makes a limit on time less than certain: an interval that reaches beyond it, a busy machine."""
+    assert found.winner is not None
+    row = next((row for row in found.timing if row["recipe"] == found.winner.recipe), None)
+    said = ""
+    for limit in found.budget.limits if row else ():
+        part = {"ttft": row, "tpot": row.get("tpot")}.get(limit.axis)  # type: ignore[union-attr]
+        bound, base = limit.bound(found.dense), found.dense.get(limit.axis)
+        if part and bound and base and part["high"] > bound / base + 1e-9:
+            shown = f"{part['ratio']:.2f}x [{part['low']:.2f}, {part['high']:.2f}]"
+            said += f" The {AXES[limit.axis]}, {shown} of dense in {row['pairs']} pairs, may lie beyond its limit."  # type: ignore[index]
+        if part and row.get("noisy") and "busy" not in said:  # type: ignore[union-attr]
+            said += " The machine was busy while times were taken: take them again on a quiet one."
+    return said
 
 
 def hindrance(found: Outcome) -> str:
