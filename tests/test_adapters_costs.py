@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,16 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-import foveate
-from families import FAMILIES, PRESETS, clip, picture, tiny
+from families import FAMILIES, PRESETS, clip, picture
 from foveate.adapters.presets import build
 from foveate.bench.cost import ModelShape, flops
 from foveate.bench.counts import Request as Counts
 from foveate.bench.counts import request_of_sizes
 from foveate.cli import main
-from foveate.optimize import Budget, optimize
-from foveate.optimize.run import Effort
-from foveate.tasks.base import FileTask
 from foveate.vlm import VLM, Request
 from plain_hf import CASES, MIXES
 
@@ -81,24 +76,3 @@ def test_plan_knows_presets_and_folders(slow_attention: dict[str, VLM], tmp_path
         assert json.loads(capsys.readouterr().out)["tokens"]["visual"] == visual
     assert main(["plan", "llava-1.6"]) == 2
     assert "a preset; did you mean 'llava-1.5-7b'?" in capsys.readouterr().err
-
-
-def test_optimize_runs_on_a_family(tmp_path: Path):
-    for i in range(8):
-        picture(i, 40, 40).save(tmp_path / f"{i}.png")
-    rows = [{"id": str(i), "image": f"{i}.png", "question": "What?", "answer": "red"} for i in range(8)]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = FileTask("data", path=tmp_path / "mine.jsonl", max_new_tokens=2)
-    report = optimize(
-        tiny("qwen3_vl"),
-        Budget.parse(tokens="0.6x", loss="100pt"),
-        tasks=[task],
-        data=tmp_path / "mine.jsonl",
-        effort=Effort(rungs=((2, 1),), prove=2, timed=1),
-        limit=2,
-        methods=["uniform"],
-        out=tmp_path / "out",
-    )
-    assert report["met"] and report["recipe"].startswith("uniform")
-    assert 0 < report["cost"]["tokens"] <= 0.6 * report["dense"]["cost"]["tokens"]
-    assert foveate.load(tmp_path / "out", device="cpu").recipe.text() == report["recipe"]

@@ -24,7 +24,11 @@ class SmolVLMAdapter(ViewsAdapter):
     @classmethod
     def parts_of(cls, model: Any) -> dict[str, nn.Module]:
         inner = model.model
-        return {"vision_tower": inner.vision_model, "mm_projector": inner.connector, "llm": inner.text_model}
+        return {
+            "vision_tower": inner.vision_model,
+            "mm_projector": inner.connector.modality_projection,
+            "llm": inner.text_model,
+        }
 
     @classmethod
     def used_blocks(cls, config: Any) -> int:
