@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,35 +13,16 @@ if TYPE_CHECKING:
 
 def run_header() -> dict[str, Any]:
     """Device, threads, versions and date of this run."""
-    import numpy
-    import torch
-    import transformers
+    from foveate.machine import machine
 
-    import foveate
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    device, versions = machine()
     return {
         "date": datetime.date.today().isoformat(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "versions": {
-            "foveate": foveate.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "numpy": numpy.__version__,
-        },
+        "device": device["gpu"] or device["cpu"],
+        "threads": device["threads"],
+        "cores": device["cores"],
+        "versions": versions,
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -32,8 +32,9 @@ from foveate.bench.device import Device
 from foveate.bench.memory import Job, peak
 from foveate.bench.requests import Load, timed_request
 from foveate.bench.roofline import table
-from foveate.bench.timing import busy_machine, load_average, stolen, ticks
+from foveate.bench.timing import busy_machine, stolen, ticks
 from foveate.data.sample import media_parts
+from foveate.machine import load_average
 from foveate.progress import progress
 from foveate.recipe import Recipe
 

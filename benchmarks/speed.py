@@ -36,10 +36,11 @@ from foveate.bench import cost
 from foveate.bench.breakeven import Point, crossing
 from foveate.bench.memory import Job, peak
 from foveate.bench.requests import Load
-from foveate.bench.timing import busy_machine, load_average, stolen, ticks
+from foveate.bench.timing import busy_machine, stolen, ticks
 from foveate.clock import OPENING, Clock
 from foveate.data.sample import media_parts
 from foveate.errors import FoveateError
+from foveate.machine import load_average
 from foveate.method import signal_for
 from foveate.progress import progress
 from foveate.recipe import Recipe

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from foveate.bench.timing import busy_machine, compare, machine
+from foveate.bench.timing import busy_machine, compare
+from foveate.machine import machine
 
 
 def noisy(ms: float, seed: int, spread: float = 0.05):

@@ -282,7 +282,16 @@ def test_methods_json_has_the_promised_keys(run):
         assert {"name", "socket", "sites", "signals", "adapters", "status"} <= set(row)
         assert row["status"] in ("stable", "experimental")
     assert {row["socket"] for row in json.loads(run("methods", "--socket", "cache", "--json")[1])} == {"cache"}
-    assert "uniform" in run("methods")[1]
+    text = run("methods")[1]
+    assert all(row["name"] in text and row["summary"] in text for row in rows)
+
+
+def test_one_method_with_its_parameters_and_needs(run):
+    code, out, _ = run("methods", "fastv")
+    assert code == 0 and "last_attention" in out and "layer" in out and "0.0625" in out and "must be given" in out
+    row = json.loads(run("methods", "rtn", "--json")[1])
+    assert row["parameters"]["bits"] == 4 and row["parameters"]["parts"] == ["llm"] and row["socket"] == "weights"
+    fails(run("methods", "fastw"), "fastw", "did you mean 'fastv'")
 
 
 def test_bench_json_has_the_promised_keys(run, nano_folder, monkeypatch):

@@ -363,7 +363,7 @@ def test_contributing_shows_this_test():
 # ---- floors
 
 FLOORS = (
-    ("registry", "errors", "disk", "progress", "clock", "method", "data", "world"),
+    ("registry", "errors", "disk", "machine", "progress", "clock", "method", "data", "world"),
     ("vlm", "runtime", "ragged", "rows", "encoder_site", "llm_signals", "show", "adapters", "nvila", "files"),
     ("reduce", "cache", "weights", "decode"),
     ("recipe", "recipe_text", "effect", "engine"),

@@ -260,3 +260,23 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_weights(start, tmp_pat
 
 def test_allocator_setting_reports_whether_it_worked() -> None:
     assert memory.keep_freed_memory() in (True, False)
+
+
+def test_run_json_tells_every_start(start, tmp_path) -> None:
+    rows = (start / "data.jsonl").read_text()
+    data = start / "some_bad.jsonl"
+    data.write_text(rows + '{"image": "gone.png", "question": "q?", "answer": "a"}\n')
+    plan = recipe(
+        stage(steps=4, batch_size=3, mixture={str(data): 1.0}),
+        model=str(start / "model"),
+        output=str(tmp_path / "run"),
+        threads=1,
+    )
+    run(plan, stop_after=1)
+    run(plan, resume=True)
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    first, second = told["starts"]
+    assert told["steps"] == 4 and (first["from_step"], first["step"]) == (0, 1)
+    assert (second["from_step"], second["step"]) == (1, 4) and second["seconds"] > 0
+    assert {"torch", "foveate", "python"} <= set(second["versions"]) and "cpu" in second["device"]
+    assert second["skipped"][str(data)] >= 2 and "gone.png: no such file" in second["reasons"][0]

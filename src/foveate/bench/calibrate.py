@@ -58,7 +58,7 @@ def calibrate(device: str = "auto", *, seconds: float = 0.15, advance: Callable[
     drained around each. advance: called after each measurement. Raises UnsupportedError for a device there is not."""
     import torch
 
-    from foveate.bench.timing import machine
+    from foveate.machine import machine
     from foveate.vlm import _device
 
     where = _device(device)

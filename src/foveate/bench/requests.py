@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from foveate.bench.timing import Timed, compare, machine
+from foveate.bench.timing import Timed, compare
 from foveate.clock import OPENING, STAGES, Clock
 from foveate.errors import BudgetError
+from foveate.machine import machine
 
 if TYPE_CHECKING:
     from foveate.data.sample import Media

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
-import platform
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from foveate.machine import load_average
 from foveate.tasks.stats import Interval, median_interval, sign_test
 
 Timed = Callable[[int], dict[str, float]]
@@ -199,14 +198,6 @@ def _quiet_collector() -> Iterator[None]:
             gc.enable()
 
 
-def load_average() -> float:
-    """Load average of the last minute per core; 0 where the system does not say."""
-    try:
-        return os.getloadavg()[0] / (os.cpu_count() or 1)
-    except OSError:
-        return 0.0
-
-
 def ticks() -> tuple[int, int]:
     """(stolen, total) processor ticks since boot; zeros where /proc is missing."""
     try:
@@ -219,37 +210,3 @@ def ticks() -> tuple[int, int]:
 def stolen(before: tuple[int, int], after: tuple[int, int]) -> float:
     spent = after[1] - before[1]
     return (after[0] - before[0]) / spent if spent > 0 else 0.0
-
-
-def machine() -> tuple[dict[str, Any], dict[str, str]]:
-    """(device, versions): what a time must never travel without."""
-    import torch
-    import transformers
-
-    import foveate
-
-    device: dict[str, Any] = {
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(load_average(), 2),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-    versions = {
-        "foveate": foveate.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }
-    return device, versions
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

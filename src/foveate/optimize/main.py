@@ -169,7 +169,7 @@ def _factor(
 
 
 def _conditions(vlm: VLM, bench: ModelWorkbench, effort: Effort, seed: int, command: str) -> dict[str, Any]:
-    from foveate.bench.timing import machine
+    from foveate.machine import machine
 
     device, versions = machine()
     skipped = {**bench.choose.skipped, **bench.prove.skipped}

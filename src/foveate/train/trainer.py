@@ -30,13 +30,14 @@ from foveate.train.memory import keep_freed_memory
 from foveate.train.metrics import Metrics
 from foveate.train.model import load_trainable, save_released
 from foveate.train.optimizer import StageOptimizer, select_trainable
+from foveate.train.record import FILE, RunRecord
 from foveate.train.sources import Mixture, Source, open_mixture
 from foveate.train.step import StageLosses, accumulate_gradients, make_losses
 
 _log = logging.getLogger("foveate")
 SHOWN_REASONS = 3
 MODEL_FOLDER = "model"
-FILES = {"recipe.yaml", "tokenizer", "metrics.jsonl", "tensorboard", "run.json", MODEL_FOLDER}
+FILES = {"recipe.yaml", "tokenizer", "metrics.jsonl", "tensorboard", FILE, MODEL_FOLDER}
 """What a run may have left before its first checkpoint."""
 RANDOM_STATE = "random/torch"
 
@@ -80,6 +81,7 @@ class Trainer:
         self.heads = nn.ModuleDict({"heads": nn.ModuleDict()})
         self._sources: dict[str, Source | None] = {}
         self._skipped: dict[str, int] = {}
+        self._reasons: list[str] = []
         self._checkpointing = False
 
     def run(self, resume: bool = False, stop_after: int | None = None) -> TrainResult:
@@ -108,6 +110,7 @@ class Trainer:
         position = self._restore_model(state) if state is not None else None
 
         metrics = Metrics(self.output, self.step)
+        record = RunRecord(self.output, self.recipe, self.step)
         total = self.recipe.total_steps
         last = total if stop_after is None else min(self.step + stop_after, total)
         loss, first_step = None, 0
@@ -118,6 +121,8 @@ class Trainer:
                 first_step += stage.steps
         finally:
             metrics.close()
+            seconds = round(time.monotonic() - start, 3)
+            record.update(step=self.step, seconds=seconds, loss=loss, skipped=self._skipped, reasons=self._reasons)
         model_folder = None
         if self.step == total:
             model_folder = self.output / MODEL_FOLDER
@@ -173,6 +178,7 @@ class Trainer:
             total = sum(mixture.skipped.values())
             shown = "; ".join(mixture.reasons[:SHOWN_REASONS]) + ("; …" if len(mixture.reasons) > SHOWN_REASONS else "")
             _log.warning(f"stage {stage.name}: {total} samples skipped: {shown}")
+        self._reasons += mixture.reasons
         return values.get("loss")
 
     def _open(self, number: int) -> Mixture:
