@@ -6,17 +6,23 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from families import FAMILIES, PRESETS, clip, picture
-from foveate.adapters.presets import build
+from foveate.adapters.presets import PRESETS as PUBLISHED
+from foveate.adapters.presets import _tokenizer, build
+from foveate.adapters.vocabulary import byte_tokenizer
 from foveate.bench.cost import ModelShape, flops
 from foveate.bench.counts import Request as Counts
 from foveate.bench.counts import request_of_sizes
 from foveate.cli import main
+from foveate.cli.plan import shape_of
+from foveate.data.plan import plan
+from foveate.nvila.presets import PRESETS as NVILA
 from foveate.vlm import VLM, Request
 from plain_hf import CASES, MIXES
 
@@ -60,6 +66,23 @@ def test_counts_without_pixels_equal_those_of_the_plan(slow_attention: dict[str,
     counts = request_of_sizes(vlm.spec, shape, images=sizes, text=1)
     assert replace(counts, text=0) == replace(real, text=0)
     assert counts.text < real.text  # the chat template's own tokens are not counted
+
+
+@pytest.mark.parametrize("name", sorted([*NVILA.names(), *PUBLISHED.names()]))
+def test_visual_tokens_of_every_preset_are_those_of_the_plan(name: str):
+    shape, spec, _, _ = shape_of(name)
+    tokenizer = _tokenizer(spec) if spec.family else byte_tokenizer()
+    pictures = [[(448, 448)], [(1280, 720)], [(50, 37)], [(640, 480), (300, 700)]]
+    for sizes, frames in [*((sizes, 0) for sizes in pictures), *(((), frames) for frames in (1, 8, 9))]:
+        if frames and spec.family and not spec.video_token:
+            continue
+        parts = [{"type": "image", "image": np.zeros((h, w, 3), np.uint8)} for w, h in sizes]
+        parts += [{"type": "video", "video": np.zeros((frames, 72, 128, 3), np.uint8)}] * bool(frames)
+        options = {"num_frames": frames} if frames else {}
+        made = plan([{"role": "user", "content": [*parts, {"type": "text", "text": "?"}]}], spec, tokenizer, **options)
+        real = Counts.from_plan(made, shape)
+        counts = request_of_sizes(spec, shape, images=sizes, frames=frames or None, clip=(128, 72))
+        assert replace(counts, text=real.text) == real, (sizes, frames)
 
 
 def test_groups_are_those_of_the_layout(slow_attention: dict[str, VLM]):

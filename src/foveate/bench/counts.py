@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from foveate.data.spec import PreprocessSpec
 
 CLIP = (1280, 720)
-"""(width, height) of a clip of which only the number of frames is known."""
+"""(width, height) of a clip of which nothing else is known."""
 
 
 @dataclass(frozen=True)
@@ -131,17 +131,19 @@ def request_of_sizes(
     *,
     images: Sequence[tuple[int, int]] = (),
     frames: int | None = None,
+    clip: tuple[int, int] = CLIP,
     text: int = 0,
     new: int = 1,
 ) -> Request:
     """The counts of a request of pictures of these (width, height), or of one clip of `frames` frames, without pixels.
+    clip: (width, height) of a frame, which some families make more or fewer tokens of.
 
     text: tokens of the prompt's text; the separators of the media are added. Sizes follow the same geometry as
-    `foveate.data.plan`, each separator, and each mark or word around views, counted as one token. A clip is taken to
-    be `CLIP` pixels large where that matters.
+    `foveate.data.plan`, each separator, and each mark or word around views, counted as one token. What a chat template
+    puts around a picture is not counted.
     """
     if spec.family:
-        return _family_request(spec, shape, images, frames, text, new)
+        return _family_request(spec, shape, images, frames, clip, text, new)
     from foveate.data.tiling import image_layout
 
     parts: list[Request] = []
@@ -170,6 +172,7 @@ def _family_request(
     shape: ModelShape,
     images: Sequence[tuple[int, int]],
     frames: int | None,
+    clip: tuple[int, int],
     text: int,
     new: int,
 ) -> Request:
@@ -180,7 +183,8 @@ def _family_request(
         _check_size(width, height, spec)
     media = [family_image(size, spec, len(images) == 1) for size in images]
     if frames:
-        media.append(family_clip(VideoInfo(CLIP, frames, 0.0), spec, frames))
+        _check_size(*clip, spec)
+        media.append(family_clip(VideoInfo(clip, frames, 0.0), spec, frames))
     for item in media:
         around = item.marker.replace(spec.image_token, "")
         around = around.replace(spec.video_token, "") if spec.video_token else around

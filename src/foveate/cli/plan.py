@@ -20,6 +20,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("model", nargs="?", default="nano", help="folder or preset (default: nano)")
     parser.add_argument("--image", action="append", default=[], type=size, metavar="WxH", help="a picture, repeatable")
     parser.add_argument("--frames", type=positive_int, metavar="N", help="a clip of N frames")
+    parser.add_argument("--frame-size", type=size, metavar="WxH", help="of the clip's frames (default: 1280x720)")
     parser.add_argument("--prompt-tokens", type=positive_int, default=64, metavar="N", help="text tokens (default: 64)")
     parser.add_argument("--new-tokens", type=positive_int, default=64, metavar="N", help="answer tokens (default: 64)")
     parser.add_argument("--recipe", metavar="R", help='text or file, for example "uniform(keep=0.5) + rtn(bits=4)"')
@@ -49,11 +50,13 @@ def size(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     from foveate.bench.cost import Effect, estimate
-    from foveate.bench.counts import request_of_sizes
+    from foveate.bench.counts import CLIP, request_of_sizes
     from foveate.bench.device import chosen, devices
 
     if args.threads and not args.calibrate:
         raise InputError("--threads says how to calibrate; give --calibrate with it")
+    if args.frame_size and not args.frames:
+        raise InputError("--frame-size is the size of a clip's frames; give --frames N with it, or --image WxH")
     if args.calibrate:
         calibrate(args.threads, quiet=args.json)
     machines = devices()
@@ -68,7 +71,13 @@ def run(args: argparse.Namespace) -> int:
     asked = parse_recipe(args.recipe)
     recipe = saved + asked if asked else saved
     request = request_of_sizes(
-        spec, shape, images=args.image, frames=args.frames, text=args.prompt_tokens, new=args.new_tokens
+        spec,
+        shape,
+        images=args.image,
+        frames=args.frames,
+        clip=args.frame_size or CLIP,
+        text=args.prompt_tokens,
+        new=args.new_tokens,
     )
     result = estimate(shape, request, device, dtype=args.dtype, effect=Effect.of(recipe))
     longest = result["tokens"]["prompt"] + request.new
