@@ -261,3 +261,15 @@ def test_a_model_loaded_in_inference_mode_can_still_be_calibrated():
     with torch.inference_mode():
         vlm = foveate.load("nano", random_weights=True, device="cpu")
     assert not any(parameter.is_inference() for parameter in vlm.model.parameters())
+
+
+def test_the_head_gets_a_row_and_not_a_slice_of_the_prompt(vlm):
+    seen = []
+    hook = vlm.model.llm.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    embeds, places = torch.randn(2, 9, vlm.model.config.text_config.hidden_size), torch.arange(9)[None]
+    with torch.inference_mode():
+        inputs = {"inputs_embeds": embeds, "position_ids": places}
+        found = vlm.adapter.forward(**inputs, past_key_values=vlm.new_cache())
+        plain = vlm.model.llm(**inputs, past_key_values=vlm.new_cache(), use_cache=True, logits_to_keep=1).logits[:, -1]
+    hook.remove()
+    assert seen[0].dim() == 2 and torch.allclose(found, plain, atol=1e-5)
