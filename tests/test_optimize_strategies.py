@@ -396,7 +396,8 @@ def test_a_falling_skill_is_refused_though_the_mean_holds():
 def test_measured_axes_bind_too():
     class Timed(Bench):
         def time(self, recipe):
-            return {"ms": 5.0, "dense_ms": 10.0, "ratio": 0.5, "tpot": {"ms": 9.0, "dense_ms": 10.0, "ratio": 0.9}}
+            first = {"ms": 5.0, "dense_ms": 10.0, "ratio": 0.5, "low": 0.49, "high": 0.51}
+            return first | {"tpot": {"ms": 9.0, "dense_ms": 10.0, "ratio": 0.9, "low": 0.89, "high": 0.91}}
 
         def measure(self, recipe, axis):
             return {"value": 12.0, "dense": 10.0}
