@@ -367,6 +367,18 @@ def test_levels_are_calibrated_saved_and_read(tiny, tmp_path):
         other = tiny.logits(requests[0])
         assert tiny.ask(PICTURE, "what?", max_new_tokens=3).ids
     assert other.shape == tiny.logits(requests[0]).shape
+    small = Recipe.parse(f"kvquant(bits=3, file='{file}')").apply(tiny, quiet=True)
+    small.save(tmp_path / "out")
+    file.rename(tmp_path / "gone.safetensors")
+    there = foveate.load((tmp_path / "out").rename(tmp_path / "elsewhere"), device="cpu")
+    assert torch.equal(there.logits(requests[0]), other)  # the levels travel inside the checkpoint
+    there.save(tmp_path / "twice")
+    assert torch.equal(foveate.load(tmp_path / "twice", device="cpu").logits(requests[0]), other)
+    broken = tmp_path / "twice" / "kvquant-levels.json"
+    broken.write_text("[1]")
+    with pytest.raises(CheckpointError, match=r"kvquant-levels.json does not hold levels"):
+        foveate.load(tmp_path / "twice", device="cpu").ask(PICTURE, "what?")
+    (tmp_path / "gone.safetensors").rename(file)
     with pytest.raises(CheckpointError, match="8 levels, bits=4 takes 16"):
         method(f"kvquant(bits=4, file='{file}')").check(tiny)
     with pytest.raises(CheckpointError, match="not a file"):

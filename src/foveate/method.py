@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from foveate.errors import RecipeError, UnsupportedError
@@ -90,6 +91,14 @@ class Method:
         """The recipe line of this method, for example "uniform(keep=0.5)"."""
         inside = ", ".join(f"{name}={format_value(value)}" for name, value in self.params().items())
         return f"{self.name}({inside})" if inside else self.name
+
+    def carried(self) -> tuple[Method, dict[str, dict[str, Any]]]:
+        """This method as a checkpoint's recipe names it, and the JSON files, by name, that stand beside the recipe."""
+        return self, {}
+
+    def found_in(self, folder: Path) -> Method:
+        """The opposite of `carried`: this method as read from the recipe of a checkpoint in `folder`."""
+        return self
 
     def check(self, vlm: VLM) -> None:
         """Raise UnsupportedError if this method cannot work on `vlm`, saying what is missing."""

@@ -139,7 +139,12 @@ class Recipe:
         """The content of recipe.json in a checkpoint of `family`."""
         from foveate import __version__
 
-        return {"foveate": __version__, "family": family, "recipe": self.text(), **self.to_dict()}
+        told = Recipe(tuple(method.carried()[0] for method in self.methods))
+        return {"foveate": __version__, "family": family, "recipe": told.text(), **told.to_dict()}
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """The JSON files, by name, that its methods keep in a checkpoint."""
+        return {name: content for method in self.methods for name, content in method.carried()[1].items()}
 
     @classmethod
     def restore(cls, folder: Path, family: str) -> Recipe:
@@ -151,7 +156,7 @@ class Recipe:
             data = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(data, dict) and data.get("family", family) != family:
                 raise RecipeError(f"it was made for {data['family']!r} models, the checkpoint is {family!r}")
-            return cls.from_dict(data)
+            return cls(tuple(method.found_in(folder) for method in cls.from_dict(data)))
         except (OSError, ValueError, FoveateError) as error:
             raise CheckpointError(f"{path} cannot be used: {error}") from None
 

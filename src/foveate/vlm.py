@@ -276,7 +276,7 @@ class VLM:
         """The JSON files beside a checkpoint: what was applied to it, and on what data."""
         from foveate.recipe import FILE
 
-        extra = {FILE: self.recipe.to_json(self.adapter.family)} if self.recipe else {}
+        extra = {FILE: self.recipe.to_json(self.adapter.family), **self.recipe.files()} if self.recipe else {}
         return extra | ({"calibration.json": self.calibration} if self.calibration else {})
 
     def save(self, path: str | Path) -> None:

@@ -14,7 +14,8 @@ outlier masks and dequantized values `foveate.cache.nuq` gives for given levels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -24,7 +25,7 @@ from foveate.adapters.attention import Pass, rotate, rotation_of, unrotate
 from foveate.cache import nuq
 from foveate.cache.base import CacheMethod
 from foveate.cache.kivi import pack_last, small_float, unpack_last
-from foveate.cache.kvquant_levels import LayerLevels, read_levels
+from foveate.cache.kvquant_levels import IN_CHECKPOINT, LayerLevels, levels_to_json, read_levels
 from foveate.cache.layer import PackedLayer
 from foveate.cache.ragged import Ragged
 from foveate.cache.rotations import Rotations
@@ -43,7 +44,8 @@ class KVQuant(CacheMethod):
     """bits: of each value. outliers: share kept exactly, half above and half below. exact: first tokens kept exactly.
 
     levels: "nuq" (k-means on calibration data), "nf" (NormalFloat) or "int" (uniform). q_norm: levels are read
-    with mean and deviation matched, for 2 bits. cap: most key outliers of a token, 0 for all. file: bounds and levels.
+    with mean and deviation matched, for 2 bits. cap: most key outliers of a token, 0 for all. file: bounds and levels
+    of `calibrate`; a checkpoint that is saved with this method holds them itself.
     """
 
     bits: Literal[2, 3, 4, 5] = 4
@@ -67,6 +69,14 @@ class KVQuant(CacheMethod):
         for name in ("exact", "cap"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"kvquant: {name} is {getattr(self, name)}; give 0 or more")
+
+    def carried(self) -> tuple[KVQuant, dict[str, dict[str, Any]]]:
+        if not self.file:
+            return self, {}
+        return replace(self, file=IN_CHECKPOINT), {IN_CHECKPOINT: levels_to_json(read_levels(self.file, self.bits))}
+
+    def found_in(self, folder: Path) -> KVQuant:
+        return replace(self, file=str(folder / IN_CHECKPOINT)) if self.file == IN_CHECKPOINT else self
 
     def layer(self, index: int, rotations: Rotations | None = None) -> KVQuantLayer:
         given = read_levels(self.file, self.bits)[index] if self.file else None

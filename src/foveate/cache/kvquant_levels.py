@@ -7,6 +7,7 @@ seen, but not predicted.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from foveate.adapters.base import Adapter
     from foveate.cache.kvquant import KVQuant
     from foveate.vlm import VLM
+
+
+IN_CHECKPOINT = "kvquant-levels.json"
+"""The levels' file in a checkpoint's folder."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +160,16 @@ def _weighed(vlm: VLM, requests: Sequence[Any]) -> list[list[tuple[Tensor, ...]]
     return seen
 
 
+def levels_to_json(levels: Sequence[LayerLevels]) -> dict[str, Any]:
+    """The content of IN_CHECKPOINT. Exact: a float32 is written with the digits that tell it from its neighbours."""
+    return {f"{i}.{f.name}": getattr(layer, f.name).tolist() for i, layer in enumerate(levels) for f in fields(layer)}
+
+
 def read_levels(path: str, bits: int) -> list[LayerLevels]:
-    """The levels in a file that `calibrate` wrote. Raises CheckpointError: no such file, another form, other bits."""
+    """The levels in a file that `calibrate` wrote, or in a checkpoint's (.json).
+
+    Raises CheckpointError: no such file, another form, other bits.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise CheckpointError(f"kvquant: {path} is not a file; write it with foveate.cache.kvquant_levels.calibrate")
@@ -170,10 +183,14 @@ def _read(path: str, changed: int, bits: int) -> list[LayerLevels]:
 
     names = [field.name for field in fields(LayerLevels)]
     try:
-        tensors = load_file(path)
+        if path.endswith(".json"):
+            text = Path(path).read_text(encoding="utf-8")
+            tensors = {name: torch.tensor(values, dtype=torch.float32) for name, values in json.loads(text).items()}
+        else:
+            tensors = load_file(path)
         count = 1 + max(int(name.split(".")[0]) for name in tensors)
         found = [LayerLevels(*(tensors[f"{index}.{name}"] for name in names)) for index in range(count)]
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"kvquant: {path} does not hold levels: {error}") from None
     if len(found[0].key_levels) != 2**bits:
         raise CheckpointError(f"kvquant: {path} has {len(found[0].key_levels)} levels, bits={bits} takes {2**bits}")
