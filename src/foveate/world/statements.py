@@ -10,146 +10,23 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from foveate.world.words import (
+    BOX_COLOURS,
+    Box,
+    Quantity,
+    article,
+    bare,
+    least,
+    noun,
+    number,
+    place_words,
+    quantity,
+)
 
 if TYPE_CHECKING:
-    from foveate.world.boxes import Item
-
-Box = Sequence["Item"]
-Test = Callable[["Item"], bool]
-Counts = Callable[[int], "bool | None"]
-"""Whether a quantity fits a number; None where readers would not agree."""
-
-_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-_COLOURS = ("black", "blue", "yellow")
-_SHAPES = ("circle", "square", "triangle")
-_SIDES = {"small": 10, "medium": 20, "big": 30}
-
-
-class Quantity(NamedTuple):
-    """Words for a number of things ("at least two", True when a plural noun follows) and which numbers fit."""
-
-    words: str
-    plural: bool
-    fits: Counts
-
-
-class Noun(NamedTuple):
-    """Words for a kind of thing and the test for it. `after` follows the noun: "touching the edge"."""
-
-    singular: str
-    plural: str
-    after: str
-    test: Test
-
-    def worded(self, plural: bool) -> str:
-        return " ".join(filter(None, (self.plural if plural else self.singular, self.after)))
-
-    def count(self, items: Sequence[Item]) -> int:
-        return sum(map(self.test, items))
-
-
-def _number(rng: random.Random, n: int) -> str:
-    return str(n) if rng.random() < 0.4 or n >= len(_WORDS) else _WORDS[n]
-
-
-def _exactly(n: int) -> Counts:
-    return lambda k: k == n
-
-
-def _least(n: int) -> Counts:
-    return lambda k: k >= n
-
-
-def _most(n: int) -> Counts:
-    return lambda k: k <= n
-
-
-def _bare(n: int) -> Counts:
-    """ "There are two": true for two, false for fewer; for more, readers do not agree."""
-    return lambda k: None if k > n else k == n
-
-
-def quantity(rng: random.Random, near: int, *, zero: bool = True, a: bool = True, top: int = 9) -> Quantity:
-    """A random quantity whose number is `near` or next to it, so that it is about as often true as false."""
-    n = max(1, min(top, near + rng.choice((-1, -1, 0, 0, 0, 1, 1))))
-    kind = rng.random()
-    if a and (kind < 0.22 or (near == 0 and kind < 0.4)):
-        return Quantity("a", False, _least(1))
-    if zero and kind < 0.28:
-        return Quantity("no", False, _exactly(0))
-    if kind < 0.52:
-        words = rng.choice(("exactly", "exactly", "only")) + " " + _number(rng, n)
-        return Quantity(words, n > 1, _exactly(n))
-    if kind < 0.72:
-        word = rng.choice(("at least", "at least", "atleast"))
-        return Quantity(f"{word} {_number(rng, n)}", n > 1, _least(n))
-    if kind < 0.76:
-        return Quantity(f"at most {_number(rng, n)}", n > 1, _most(n))
-    if kind < 0.82:
-        return Quantity(f"more than {_number(rng, n)}", n > 1, _least(n + 1))
-    if kind < 0.84 and n > 1:
-        return Quantity(f"less than {_number(rng, n)}", True, _most(n - 1))
-    return Quantity(_number(rng, n), n > 1, _bare(n))
-
-
-def _article(text: str) -> str:
-    """Mend "a" before a vowel."""
-    return " ".join(
-        "an" if word == "a" and after[:1] in ("a", "e", "i", "o") else word
-        for word, after in zip(text.split(" "), [*text.split(" ")[1:], ""])
-    )
-
-
-def noun(rng: random.Random, items: Sequence[Item], towers: bool, place: bool = True) -> Noun:
-    """A kind of thing, most often one that is there: size, colour, shape and place are each said or not."""
-    seen = rng.choice(items) if rng.random() < 0.85 else None
-    colour = (seen.colour if seen else rng.choice(_COLOURS)) if rng.random() < (0.85 if towers else 0.75) else ""
-    if towers:
-        name = rng.choice(("block", "block", "block", "item", "square"))
-        return Noun(f"{colour} {name}".strip(), f"{colour} {name}s".strip(), "", lambda i: colour in ("", i.colour))
-    shape = (seen.shape if seen else rng.choice(_SHAPES)) if rng.random() < 0.6 else ""
-    word = shape or rng.choice(("item", "item", "object", "object", "shape"))
-    if not colour and not shape and rng.random() < 0.7:  # "an object" alone says little
-        colour = rng.choice(_COLOURS)
-    size = rng.choice(tuple(_SIDES)) if rng.random() < 0.08 else ""
-    if size and seen:
-        size = next(name for name, side in _SIDES.items() if side == seen.side)
-    after, where = _place(rng) if place and rng.random() < 0.35 else ("", None)
-
-    def test(i: Item) -> bool:
-        return (
-            colour in ("", i.colour)
-            and shape in ("", i.shape)
-            and (not size or i.side == _SIDES[size])
-            and (where is None or where(i))
-        )
-
-    front = " ".join(filter(None, (size, colour, word)))
-    return Noun(front, front + "s", after, test)
-
-
-def _place(rng: random.Random) -> tuple[str, Test]:
-    """Words about walls, and their test."""
-    touching = rng.choice(("touching", "touching", "touching", "closely touching"))
-    edge = rng.choice(("the edge", "the edge", "the wall", "an edge", "the side"))
-    kind = rng.random()
-    if kind < 0.5:
-        return f"{touching} {edge}", lambda i: bool(i.walls)
-    if kind < 0.68:
-        return rng.choice(
-            ("not touching any edge", "not touching the edge", "not touching the wall")
-        ), lambda i: not i.walls
-    if kind < 0.8:
-        word = rng.choice(("the bottom", "the base", "the bottom of a box"))
-        return f"{touching} {word}", lambda i: "bottom" in i.walls
-    if kind < 0.87:
-        return f"{touching} {rng.choice(('the top', 'the top of a box'))}", lambda i: "top" in i.walls
-    if kind < 0.94:
-        side = rng.choice(("left", "right"))
-        return f"{touching} the {side} {rng.choice(('wall', 'wall of a box', 'side'))}", lambda i: side in i.walls
-    return f"{touching} {rng.choice(('a corner', 'the corner'))}", lambda i: len(i.walls) > 1
-
+    pass
 
 # ---- properties of one box or tower: words that follow "with", and a test that may abstain
 
@@ -174,7 +51,7 @@ def box_property(rng: random.Random, boxes: Sequence[Box], towers: bool) -> Prop
         q = quantity(rng, thing.count(model), top=6)
         return f"{q.words} {thing.worded(q.plural)}", lambda b: q.fits(thing.count(b))
     if kind < 0.55:
-        c1, c2 = rng.sample(_COLOURS, 2)
+        c1, c2 = rng.sample(BOX_COLOURS, 2)
         words, tests = [], []
         for c in (c1, c2):
             thing = noun(rng, [i for i in model if i.colour == c] or model, towers, place=False)
@@ -188,7 +65,7 @@ def box_property(rng: random.Random, boxes: Sequence[Box], towers: bool) -> Prop
         c = rng.choice(model).colour
         return rng.choice((f"only {c} {name}s", f"{name}s of only {c} color")), lambda b: {i.colour for i in b} == {c}
     if kind < 0.72:
-        c1, c2 = rng.sample(_COLOURS, 2)
+        c1, c2 = rng.sample(BOX_COLOURS, 2)
         if len(have := sorted({i.colour for i in model})) == 2 and rng.random() < 0.7:
             c1, c2 = rng.sample(have, 2)
         words_ = rng.choice((f"only {c1} and {c2} {name}s", f"{name}s of only {c1} and {c2} color"))
@@ -209,15 +86,15 @@ def box_property(rng: random.Random, boxes: Sequence[Box], towers: bool) -> Prop
         if not towers and rng.random() < 0.4:
             thing = noun(rng, model, towers)
             n = max(1, len(model) + rng.choice((-1, 0, 0)))
-            words_ = f"exactly {_number(rng, n)} {name}{'s' * (n > 1)}, one of which is a {thing.worded(False)}"
+            words_ = f"exactly {number(rng, n)} {name}{'s' * (n > 1)}, one of which is a {thing.worded(False)}"
             return words_, lambda b: len(b) == n and thing.count(b) >= 1
         return f"{q.words} {name}{'s' * q.plural}", lambda b: q.fits(len(b))
-    c = rng.choice((model[-1].colour, rng.choice(_COLOURS)))
+    c = rng.choice((model[-1].colour, rng.choice(BOX_COLOURS)))
     if rng.random() < 0.5:
         return f"a {c} {name} on top", lambda b: b[-1].colour == c
     n = max(1, len(model) + rng.choice((-1, 0, 0, 0)))
     return (
-        f"{_number(rng, n)} {name}{'s' * (n > 1)} and a {c} {name} on top",
+        f"{number(rng, n)} {name}{'s' * (n > 1)} and a {c} {name} on top",
         lambda b: len(b) == n and b[-1].colour == c,
     )
 
@@ -226,21 +103,21 @@ def _listed(rng: random.Random, model: Box, towers: bool, name: str) -> Property
     """A list of kinds, a number and its colours, or what some of a number of things are like."""
     kind = rng.random()
     n = max(1, len(model) + rng.choice((-1, 0, 0, 0, 1)))
-    things = f"{_number(rng, n)} {name}{'s' * (n > 1)}"
+    things = f"{number(rng, n)} {name}{'s' * (n > 1)}"
     if kind < 0.35:
         seen = rng.choices(model, k=3) if rng.random() < 0.85 else rng.choices(model, k=2)
         kinds = {(i.colour, i.shape) for i in seen}
         if len(kinds) > 1:
             if rng.random() < 0.4:  # one kind that may not be there
-                kinds.pop()
-                kinds.add((rng.choice(_COLOURS), rng.choice([i.shape for i in model])))
+                kinds.remove(rng.choice(sorted(kinds)))
+                kinds.add((rng.choice(BOX_COLOURS), rng.choice([i.shape for i in model])))
             words_ = [f"a {colour} {'block' if towers else shape}" for colour, shape in sorted(kinds)]
             rng.shuffle(words_)
             listed = " and ".join(filter(None, (", ".join(words_[:-1]), words_[-1])))
             return listed, lambda b: kinds <= {(i.colour, i.shape) for i in b}
     if kind < 0.7:
         have = sorted({i.colour for i in model})
-        c1, c2 = have if len(have) == 2 and rng.random() < 0.8 else rng.sample(_COLOURS, 2)
+        c1, c2 = have if len(have) == 2 and rng.random() < 0.8 else rng.sample(BOX_COLOURS, 2)
         colour = rng.choice(("color", "color", "colour"))
         words = rng.choice((f"{things} of only {c1} and {c2} {colour}", f"only {things} of {c1} and {c2} {colour}"))
         return words, lambda b: len(b) == n and {i.colour for i in b} == {c1, c2}
@@ -249,7 +126,7 @@ def _listed(rng: random.Random, model: Box, towers: bool, name: str) -> Property
     if k >= n:
         return things, lambda b: len(b) == n if len(b) <= n else None
     which = f"are {thing.plural}" if k > 1 else f"is a {thing.singular}"
-    return f"{things}, {_number(rng, k)} of which {which}", lambda b: len(b) == n and thing.count(b) == k
+    return f"{things}, {number(rng, k)} of which {which}", lambda b: len(b) == n and thing.count(b) == k
 
 
 def tower_property(rng: random.Random, boxes: Sequence[Box]) -> Property:
@@ -258,7 +135,7 @@ def tower_property(rng: random.Random, boxes: Sequence[Box]) -> Property:
     kind = rng.random()
     if kind < 0.42:
         at = rng.choice((0, -1))
-        c = model[at].colour if rng.random() < 0.6 else rng.choice(_COLOURS)
+        c = model[at].colour if rng.random() < 0.6 else rng.choice(BOX_COLOURS)
         where = rng.choice(("base", "bottom", "base")) if at == 0 else "top"
         if rng.random() < 0.12:
             return f"a {c} {where}", lambda b: b[at].colour == c
@@ -268,7 +145,7 @@ def tower_property(rng: random.Random, boxes: Sequence[Box]) -> Property:
         return f"{q.words} block{'s' * q.plural}", lambda b: q.fits(len(b))
     if kind < 0.72:
         at = rng.choice((0, -1))
-        c = model[at].colour if rng.random() < 0.7 else rng.choice(_COLOURS)
+        c = model[at].colour if rng.random() < 0.7 else rng.choice(BOX_COLOURS)
         q = quantity(rng, len(model), zero=False, a=False, top=4)
         where = "base" if at == 0 else "top"
         words = rng.choice(
@@ -281,11 +158,11 @@ def tower_property(rng: random.Random, boxes: Sequence[Box]) -> Property:
         return words, lambda b: _both(q.fits(len(b)), b[at].colour == c)
     if kind < 0.75:
         c, n = rng.choice(model).colour, rng.choice((2, 2, 3))
-        words = rng.choice((f"{_number(rng, n)} {c} blocks stacked together", f"{_number(rng, n)} {c} blocks together"))
+        words = rng.choice((f"{number(rng, n)} {c} blocks stacked together", f"{number(rng, n)} {c} blocks together"))
         return words, lambda b: None if _run(b, c) > n else _run(b, c) == n
     if kind < 0.82 and len(model) > 1:
         i = rng.randrange(len(model) - 1)
-        low, high = (model[i].colour, model[i + 1].colour) if rng.random() < 0.7 else rng.choices(_COLOURS, k=2)
+        low, high = (model[i].colour, model[i + 1].colour) if rng.random() < 0.7 else rng.choices(BOX_COLOURS, k=2)
         word = rng.choice(("over", "on", "on top of", "above"))
         return f"a {high} block {word} a {low} block", lambda b: _on(b, high, low, word)
     return box_property(rng, boxes, True)
@@ -335,7 +212,7 @@ def count_boxes(rng: random.Random, boxes: Sequence[Box], towers: bool) -> State
     k = _holds(prop, boxes)
     if k is None:
         return "", None
-    q = Quantity("a", False, _least(1)) if rng.random() < 0.5 else quantity(rng, k, top=3)
+    q = Quantity("a", False, least(1)) if rng.random() < 0.5 else quantity(rng, k, top=3)
     many = q.plural
     name += ("es" if name.endswith("x") else "s") * many
     verb = rng.choice(
@@ -343,7 +220,7 @@ def count_boxes(rng: random.Random, boxes: Sequence[Box], towers: bool) -> State
     )
     if rng.random() < 0.12 and q.words != "no":
         start = q.words if q.words != "a" else "one"
-        fits = q.fits if q.words != "a" else _bare(1)
+        fits = q.fits if q.words != "a" else bare(1)
         verb = rng.choice(("have", "contain") if many else ("has", "contains"))
         return f"{start.capitalize()} {name} {verb} {prop[0]}", fits(k)
     return f"{_there(rng, many)} {q.words} {name} {verb} {prop[0]}", q.fits(k)
@@ -379,7 +256,7 @@ def all_items(rng: random.Random, boxes: Sequence[Box], towers: bool) -> Stateme
             (f"All {thing.plural} are in the same box", f"all the {thing.plural} are in one box")
         ), homes == 1
     if kind < 0.8:
-        words, where = _place(rng)
+        words, where = place_words(rng)
         if len(mine) == 1:
             return "", None
         if words.startswith("not"):
@@ -398,7 +275,7 @@ def all_items(rng: random.Random, boxes: Sequence[Box], towers: bool) -> Stateme
 
 
 def block_on_block(rng: random.Random, boxes: Sequence[Box], towers: bool) -> Statement:
-    low, high = rng.choices(_COLOURS, k=2)
+    low, high = rng.choices(BOX_COLOURS, k=2)
     if len(tall := rng.choice(boxes)) > 1 and rng.random() < 0.4:
         i = rng.randrange(len(tall) - 1)
         low, high = tall[i].colour, tall[i + 1].colour
@@ -425,7 +302,7 @@ def block_on_block(rng: random.Random, boxes: Sequence[Box], towers: bool) -> St
 def base_or_top(rng: random.Random, boxes: Sequence[Box], towers: bool) -> Statement:
     """ "There are two yellow blocks as the base of a tower with at least three blocks"."""
     at = rng.choice((0, -1))
-    c = rng.choice(boxes)[at].colour if rng.random() < 0.75 else rng.choice(_COLOURS)
+    c = rng.choice(boxes)[at].colour if rng.random() < 0.75 else rng.choice(BOX_COLOURS)
     mine = [b for b in boxes if b[at].colour == c]
     tail = ""
     if rng.random() < 0.5:
@@ -449,7 +326,7 @@ def the_tower(rng: random.Random, boxes: Sequence[Box], towers: bool) -> Stateme
     heights = [len(b) for b in boxes]
     kind = rng.random()
     if kind < 0.6 and heights.count(n) == 1:
-        box, name = boxes[heights.index(n)], f"the tower with {_number(rng, n)} block{'s' * (n > 1)}"
+        box, name = boxes[heights.index(n)], f"the tower with {number(rng, n)} block{'s' * (n > 1)}"
     elif kind < 0.8 and heights.count(max(heights)) == 1:
         box, name = boxes[heights.index(max(heights))], rng.choice(("the tallest tower", "the highest tower"))
     elif heights.count(min(heights)) == 1:
@@ -457,7 +334,7 @@ def the_tower(rng: random.Random, boxes: Sequence[Box], towers: bool) -> Stateme
     else:
         return "", None
     at = rng.choice((0, -1))
-    c = box[at].colour if rng.random() < 0.5 else rng.choice(_COLOURS)
+    c = box[at].colour if rng.random() < 0.5 else rng.choice(BOX_COLOURS)
     where = "base" if at == 0 else "top"
     return f"{name} has a {c} block at the {where}", box[at].colour == c
 
@@ -472,7 +349,7 @@ def towers_alike(rng: random.Random, boxes: Sequence[Box], towers: bool) -> Stat
         return f"{_there(rng, False)} a {c} tower", k > 0
     if kind < 0.5:
         at = rng.randrange(1, 3)
-        c = rng.choice(_COLOURS)
+        c = rng.choice(BOX_COLOURS)
         k = sum(len(b) > at and b[at].colour == c for b in boxes)
         return (
             f"There is a tower where the {('', 'second', 'third')[at]} block from the base is {c}",
@@ -533,4 +410,4 @@ _EMPTY = {
 
 def _finish(rng: random.Random, text: str) -> str:
     """Articles mended, and a full stop in half of the statements, as people write them."""
-    return _article(text) + "." * (rng.random() < 0.5)
+    return article(text) + "." * (rng.random() < 0.5)
