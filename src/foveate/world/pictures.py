@@ -241,7 +241,7 @@ def count(rng: random.Random, options: Options) -> Draft:
             for c in COLOURS
         ]  # fmt: skip
         shapes = [t[0] for t in things]
-        for s in {*kinds, rng.choice(SHAPES)}:
+        for s in sorted({*kinds, rng.choice(SHAPES)}):
             if shapes.count(s) <= 9:
                 turn = (f"How many {s}s are there?".replace("crosss", "crosses"), str(shapes.count(s)))
                 asked.append(Question("count", (turn,), 1 / 7, shapes.count(s), "count_shape", True))
