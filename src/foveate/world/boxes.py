@@ -12,10 +12,10 @@ from foveate.world.canvas import Canvas
 from foveate.world.scene import Draft, Options, Picture, Question
 from foveate.world.statements import statements
 from foveate.world.vocabulary import COLOURS
+from foveate.world.words import BOX_SHAPES
 
 WIDTH, HEIGHT, BOX, PITCH = 400, 100, 100, 150
 PAINTS = {"black": (0, 0, 0), "blue": (0, 153, 255), "yellow": (255, 255, 0)}
-FORMS = ("circle", "square", "triangle")
 SIZES = (10, 20, 30)
 """Sides in pixels of small, medium and large things; blocks of towers are medium squares."""
 NUM_STATEMENTS = 8
@@ -61,7 +61,7 @@ def _scatter(rng: random.Random) -> list[Item]:
             if 0.15 < at_wall < 0.36:
                 y = rng.choice((0, free, free))
             if not any(_close(o, x, y, side) for o in items):
-                items.append(Item(rng.choice(FORMS), rng.choice(tuple(PAINTS)), x, y, side))
+                items.append(Item(rng.choice(BOX_SHAPES), rng.choice(tuple(PAINTS)), x, y, side))
                 break
     return items
 

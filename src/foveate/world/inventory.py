@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 
-from foveate.world.boxes import FORMS, PAINTS, Item, Layout, layout
-from foveate.world.scene import Draft, Options, Picture, Question
+from foveate.world.boxes import PAINTS, Item, Layout, layout
+from foveate.world.scene import Draft, Options, Question
+from foveate.world.words import BOX_SHAPES
 
 _PLACES = ("left", "middle", "right")
 NUM_QUESTIONS = 16
@@ -25,10 +26,7 @@ def inventory(rng: random.Random, options: Options) -> Draft:
         chosen = rng.sample(asked, min(NUM_QUESTIONS, len(asked)))
         return [Question("statement", ((text, answer),), 0.1, size, form, True) for form, text, answer in chosen]
 
-    def paint() -> Picture:
-        return plan.paint(options)
-
-    return Draft(plan.truth(), ask, paint)
+    return Draft(plan.truth(), ask, lambda: plan.paint(options))
 
 
 Asked = tuple[str, str, str]
@@ -82,7 +80,7 @@ def _scattered(rng: random.Random, plan: Layout) -> list[Asked]:
             ("colour_edge", f"How many {colour} items are touching the edge?", str(edge)),
             ("holding", f"How many boxes have a {colour} item?", _boxes_with(plan, colour)),
         ]
-    for shape in FORMS:
+    for shape in BOX_SHAPES:
         asked += [
             ("shape_all", f"How many {shape}s are there?", _count(plan, shape=shape)),
             ("holding", f"How many boxes have a {shape}?", _boxes_with(plan, shape=shape)),

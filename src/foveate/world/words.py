@@ -16,7 +16,7 @@ Counts = Callable[[int], "bool | None"]
 
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 BOX_COLOURS = ("black", "blue", "yellow")
-_SHAPES = ("circle", "square", "triangle")
+BOX_SHAPES = ("circle", "square", "triangle")
 _SIDES = {"small": 10, "medium": 20, "big": 30}
 
 
@@ -102,7 +102,7 @@ def noun(rng: random.Random, items: Sequence[Item], towers: bool, place: bool = 
     if towers:
         name = rng.choice(("block", "block", "block", "item", "square"))
         return Noun(f"{colour} {name}".strip(), f"{colour} {name}s".strip(), "", lambda i: colour in ("", i.colour))
-    shape = (seen.shape if seen else rng.choice(_SHAPES)) if rng.random() < 0.6 else ""
+    shape = (seen.shape if seen else rng.choice(BOX_SHAPES)) if rng.random() < 0.6 else ""
     word = shape or rng.choice(("item", "item", "object", "object", "shape"))
     if not colour and not shape and rng.random() < 0.7:  # "an object" alone says little
         colour = rng.choice(BOX_COLOURS)
