@@ -1,9 +1,13 @@
-"""Where golden vectors lie: `tests/goldens`, or the folder that FOVEATE_GOLDENS names (same form, other values)."""
+"""Golden vectors: where they lie, and how what we find is compared with them.
+
+They lie in `tests/goldens`, or in the folder that FOVEATE_GOLDENS names (same form, other values).
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +63,21 @@ def golden_cases(family: str, method: str) -> dict[str, Case]:
 def golden_methods(family: str) -> list[str]:
     """The names of the golden files of a family."""
     return sorted(path.stem for path in goldens_dir(family).glob("*.npz"))
+
+
+def equal(found: Any, case: Mapping[tuple[str, str], Any], name: str) -> None:
+    """Fails unless these are the numbers of an output."""
+    np.testing.assert_array_equal(np.asarray(found), case["out", name], err_msg=name)
+
+
+def near(found: Any, case: Mapping[tuple[str, str], Any], name: str, atol: float = 1e-5) -> None:
+    """Fails unless these are the numbers of an output up to rounding, shape included."""
+    found = np.asarray(found)
+    assert found.shape == case["out", name].shape, name
+    np.testing.assert_allclose(found, case["out", name], rtol=1e-4, atol=atol, err_msg=name)
+
+
+def cls_attention(case: Case) -> list[torch.Tensor]:
+    """The [CLS] attention of the earlier and of the later layer, [V, H, N] each."""
+    names = [name for kind, name in case if kind == "in" and name.endswith("_cls_attn")]
+    return [case.tensor(name) for name in sorted(names, key=lambda name: int(name[len("layer") : -len("_cls_attn")]))]

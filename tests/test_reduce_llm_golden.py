@@ -23,7 +23,7 @@ from foveate.reduce.pyramiddrop import PyramidDrop
 from foveate.reduce.sparsevlm import SparseVLM
 from foveate.reduce.visiondrop import VisionDrop
 from foveate.reduce.yopo import neighbours
-from goldens_io import golden_cases, golden_methods
+from goldens_io import equal, golden_cases, golden_methods
 
 FAMILY = "tokens"
 
@@ -87,11 +87,11 @@ def check_fastv(case):
     method = FastV(keep=1 - dropped, layer=case["param", "K"])
     attention = case.tensor("attn_last_query")[:, start : start + count]
     keep = method.select({"last_attention": attention}, line(count, start)).keep
-    np.testing.assert_array_equal(keep.numpy(), case["out", "keep_image"])
+    equal(keep, case, "keep_image")
     assert method.count(count) == len(keep) == int(case["out", "n_keep"])
     around = [torch.arange(start), keep + start, torch.arange(start + count, seq)]
     for name in ("keep_all", "position_ids_after"):
-        np.testing.assert_array_equal(torch.cat(around).numpy(), case["out", name])
+        equal(torch.cat(around), case, name)
     assert method.position == "keep"
 
 
@@ -106,7 +106,7 @@ def check_pyramiddrop(case):
         keep = method.select(signals, line(count, start), stage).keep + start
         stays = torch.cat([torch.arange(start), keep, torch.arange(start + count, len(hidden))])
         hidden, numbers = hidden[stays], numbers[stays]
-        np.testing.assert_array_equal(numbers.numpy(), case["out", f"stage{stage}_kept_ids"])
+        equal(numbers, case, f"stage{stage}_kept_ids")
 
 
 def check_visiondrop(case):
@@ -140,7 +140,7 @@ def check_sparsevlm(case):
     hidden = case.tensor("hidden_in_layer0")
     visual, words = hidden[start : start + count], hidden[start + count : start + count + text]
     raters = sparsevlm.text_raters(visual, words)
-    np.testing.assert_array_equal(raters.numpy(), case["out", "rater_idx"])
+    equal(raters, case, "rater_idx")
     keep = case["param", "keep"]
     method = SparseVLM(keep=0.5)
     object.__setattr__(method, "target", lambda stage, total: keep)  # the file's own count, table or not
@@ -157,9 +157,9 @@ def check_sparsevlm(case):
     }
     reduction = method.select(signals, line(count, start), 0)
     kept = reduction.keep[:keep]
-    np.testing.assert_array_equal(kept.numpy(), case["out", "vis_keep"])
+    equal(kept, case, "vis_keep")
     order = sparsevlm.recycled(score, kept)
-    np.testing.assert_array_equal(order.numpy(), case["out", "recycle_order"])
+    equal(order, case, "recycle_order")
     torch.testing.assert_close(visual[order], case.tensor("merge_in", "out"))
     clusters = int(case["out", "clusters"])
     assert len(order) == int(case["out", "recycled"]) and sparsevlm.clusters_of(count - keep) == clusters
@@ -172,7 +172,7 @@ def check_sparsevlm(case):
 def check_sparsevlm_v2(case):
     attention, keep, count = case.tensor("attn_rater_to_vis"), *case.params("keep", "heads_kept")
     heads = sparsevlm.strongest_heads(attention, count)
-    np.testing.assert_array_equal(heads.numpy(), case["out", "heads"])
+    equal(heads, case, "heads")
     score = attention[heads].mean(dim=(0, 1))
     torch.testing.assert_close(score, case.tensor("relation", "out"), atol=1e-6, rtol=1e-4)
     method = SparseVLM(keep=0.5, version="v2", heads=count, prior=False)
@@ -191,7 +191,7 @@ def check_sparsevlm_v2(case):
         "entered": torch.tensor(attention.shape[2]),
     }
     found = method.select(signals, line(attention.shape[2]), 0).keep
-    np.testing.assert_array_equal(found.numpy(), case["out", "vis_keep"])
+    equal(found, case, "vis_keep")
 
 
 def check_yopo(case):
