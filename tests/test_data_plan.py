@@ -334,6 +334,20 @@ def test_cut_encoding_equals_plain_encoding(tokenizer: Any, text: str, more: lis
     assert list(codec(tokenizer).encode(whole)) == tokenizer(whole, add_special_tokens=False).input_ids
 
 
+def test_a_tokenizer_that_looks_across_special_tokens_is_asked_for_whole_texts() -> None:
+    """One that marks only the first piece of a text: its pieces would each be marked."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate("?▁abA\n")}, [], unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    special = ["<image>", "<vila/video>", "<vila/sentinel>"]
+    marking = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?", additional_special_tokens=special)
+    text = "a<image>b"
+    assert [len(marking.tokenize(piece)) for piece in ("a", "<image>", "b", text)] == [2, 1, 2, 4]
+    assert list(codec(marking).encode(text)) == marking(text, add_special_tokens=False).input_ids
+
+
 def test_rendering_equals_the_template(tokenizer: Any) -> None:
     roles, contents = ("system", "user", "assistant", "user"), ["", "a b", "c", " d"]
     messages = [{"role": r, "content": c} for r, c in zip(roles, contents)]

@@ -20,7 +20,7 @@ import foveate
 from foveate.cli import main as cli
 from foveate.data.sample import ImageSource, Sample
 from foveate.errors import InputError
-from foveate.optimize import Budget, optimize
+from foveate.optimize import Budget, evolution, optimize
 from foveate.optimize import answers as answers_module
 from foveate.optimize import times as times_module
 from foveate.optimize import workbench as workbench_module
@@ -379,11 +379,14 @@ def test_the_command(nano_folder, tmp_path, monkeypatch, capsys, all_right):
     path = write_questions(tmp_path, 2)
     common = ["optimize", str(nano_folder), "--data", str(path), "--method", "rtn", "--limit", "1", "--device", "cpu"]
     more = ["--strategy", "genetic", "-o", "out", "--json", "--quiet"]
+    bred, real = [], evolution.best_by_rank
+    monkeypatch.setattr(evolution, "POPULATION", 1)
+    monkeypatch.setattr(evolution, "best_by_rank", lambda rows, count: bred.append(count) or real(rows, count))
     code = cli([*common, "--max-bytes", "0.9x", "--max-loss", "100pt", *more])
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert code == 0 and report["met"] and report["recipe"].startswith("rtn") and captured.err == ""
-    assert report["conditions"]["strategy"].startswith("genetic:")
+    assert report["conditions"]["strategy"].startswith("genetic:") and bred
     assert cli([*common, "--max-bytes", "1B", "--quiet"]) == 1
     shown = capsys.readouterr().out
     assert "No recipe meets the budget" in shown and "Nearest" in shown and "bytes" in shown

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from foveate.errors import InputError, RecipeError, UnknownNameError, UnsupportedError
 from foveate.optimize.budget import Budget, Cost, Limit
-from foveate.optimize.evolution import best_by_rank
+from foveate.optimize.evolution import POPULATION, GeneticStrategy, best_by_rank
 from foveate.optimize.layers import allocate
 from foveate.optimize.run import Effort, explore, search
 from foveate.optimize.search import Interval, Trial
@@ -105,13 +106,16 @@ SEARCHERS = ("surrogate", "random", "tpe", "nsga2", "genetic")
 
 @pytest.mark.parametrize("strategy", SEARCHERS)
 def test_every_strategy_stays_within_the_budget_and_never_repeats_itself(strategy):
-    bench = Bench()
-    made = context(bench)
-    trials = tried(bench, made, strategy, 16)
+    bench, budget = Bench(), Budget.parse(flops="0.6x", bytes="0.6x")
+    made = context(bench, budget)
+    count = POPULATION + 8  # so that evolution breeds
+    trials = tried(bench, made, strategy, count)
     recipes = [trial.recipe for trial in trials]
-    assert len(recipes) == len(set(recipes)) == 16
+    assert len(recipes) == len(set(recipes)) == count
     assert not any(made.budget.broken(bench.cost(recipe), made.dense) for recipe in recipes)
-    assert [t.recipe for t in tried(Bench(), context(Bench()), strategy, 16)] == recipes  # same seed, same search
+    assert [
+        t.recipe for t in tried(Bench(), context(Bench(), budget), strategy, count)
+    ] == recipes  # same seed, same search
 
 
 def test_the_surrogate_finds_the_good_method_with_few_trials():
@@ -174,6 +178,29 @@ def test_hypervolume_is_the_area_below_the_reference():
 def test_ranks_put_the_front_first_and_spread_it():
     rows = np.array([[1, 5], [2, 2], [5, 1], [3, 3], [2.1, 2.1], [6, 6]])
     assert set(best_by_rank(rows, 3)) == {0, 1, 2} and best_by_rank(rows, 6)[-1] == 5
+    crowded = np.array([[0, 10], [1, 9], [5, 5], [10, 0]])
+    assert set(best_by_rank(crowded, 3)) == {0, 2, 3}
+
+
+def test_evolution_mixes_the_slots_of_two_parents_and_changes_some():
+    bench = Bench()
+    strategy, space = GeneticStrategy(context(bench)), bench.space()[0]
+    first, second = (1, 0, 1), (5, 2, 0)
+    bred = [space.genome(strategy._child(first, second, random.Random(seed)) or "") for seed in range(600)]
+    assert set(itertools.product(*zip(first, second))) <= set(bred)
+    seen = Counter(genome[0] for genome in bred)
+    assert set(seen) == set(range(len(space.slots[0])))
+    assert min(seen[2], seen[6]) > 2 * seen[4]  # the neighbouring settings of the parents' methods are more likely
+
+
+def test_evolution_measures_the_children_that_promise_most():
+    good = bad = 0
+    for seed in range(3):
+        bench = Bench()
+        bred = tried(bench, context(bench, seed=seed, front=True), "genetic", POPULATION + 8)[POPULATION:]
+        good += sum("fastervlm" in trial.recipe for trial in bred)
+        bad += sum("random" in trial.recipe for trial in bred)
+    assert good > 3 * bad
 
 
 # ---- programmes and schedules

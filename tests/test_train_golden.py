@@ -94,12 +94,15 @@ def test_golden_nvila_packing(variant: str) -> None:
     none = np.zeros(0, np.int64)
     parts = [Tokens(none, [(np.zeros_like(own), own)]) for own in samples]
     packed = pack(parts, len(places), 0)
-    assert len(packed.input_ids) == 1
+    assert len(packed.input_ids) == 1 and packed.real.sum() == real.sum()
     starts = np.cumsum([0, *(len(samples[i]) for i in packed.order)])
     official = np.cumsum([0, *map(len, samples)])
     for slot, number in enumerate(packed.order):
         span, mine = (slice(at[i], at[i + 1]) for at, i in ((official, number), (starts, slot)))
         assert packed.position_ids[0, mine].tolist() == places[span].tolist()
+        assert packed.real[0, mine].all()
+        seen = packed.allowed[0, mine]  # of its own sample all that came before, and nothing else
+        assert seen.sum(axis=1).tolist() == seen[:, mine].sum(axis=1).tolist() == (places[span] + 1).tolist()
         own = (packed.target_index >= mine.start) & (packed.target_index < mine.stop)
         found = zip(packed.position_ids[0, packed.target_index[own]] + 1, packed.targets[own])
         wanted = [pair for pair in zip(places[span], labels[span]) if pair[1] != -100]

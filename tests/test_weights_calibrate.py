@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -19,7 +20,7 @@ from foveate.weights.base import linear_layers
 from foveate.weights.calibrate import Stream
 from foveate.weights.linear import Int8Linear, QuantizedLinear
 from foveate.weights.mbq import sensitivity
-from foveate.weights.samples import ANSWER, VISION, draw_examples, token_weights
+from foveate.weights.samples import ANSWER, TEXT, VISION, draw_examples, token_weights
 from foveate.weights.solve import inverse_factor, sparsegpt
 from foveate.weights.statistics import Statistics
 from foveate.weights.structure import find_groups, scale_
@@ -220,12 +221,14 @@ def test_blocks_replay_the_models_own_forward(family):
 def test_gradients_block_by_block_are_those_of_the_whole_model(tiny):
     """MBQ's ratios, against one backward pass through the whole language model with hooks on the same outputs."""
     examples = draw_examples(tiny, "auto", 2, 64, 2)
-    stream = Stream(tiny, "llm", [Recipe.parse("mbq(group=16)").methods[0]], examples, None)
+    blind = dataclasses.replace(examples[0], modality=torch.where(examples[0].modality == ANSWER, ANSWER, TEXT))
+    mbq = Recipe.parse("mbq(group=16)").methods[0]
+    stream = Stream(tiny, "llm", [mbq], [*examples, blind], None)  # without vision tokens a sample says nothing
     stream.start()
     found = sensitivity(stream)
     layers = list(tiny.adapter.layers)
     sums = torch.zeros(len(layers), 2, 2, dtype=torch.float64)
-    for number, call in enumerate(stream.calls):
+    for number, call in enumerate(stream.calls[:-1]):
         outputs, handles = {}, []
         for index, layer in enumerate(layers):
             for which, module in enumerate((layer.self_attn.o_proj, layer.mlp.down_proj)):
@@ -251,6 +254,7 @@ def test_gradients_block_by_block_are_those_of_the_whole_model(tiny):
     assert [list(pair) for pair in found] == [pytest.approx(pair, rel=1e-4) for pair in expected]
     assert found[-1][1] == 0  # nothing looks at vision tokens after the last block
     assert 0 < found[0][0] < 1
+    assert mbq.survey(stream) == [pytest.approx(pair) for pair in np.maximum(found, np.median(found, axis=0)).tolist()]
 
 
 def test_a_distorted_trial_is_measured_against_the_dense_model(tiny, monkeypatch):
