@@ -5,11 +5,13 @@ most attended tokens. Each crop's kept fraction is keep * (1 + p - mean p), p th
 attention logits summed in the crop's part, divided by `temperature`. Inside a crop the score is the sum of its own
 logits and of the thumbnail's, resized to the joined map, each scaled to length 1. Renumbered; newlines stay.
 
-Where paper and code differ: the code truncates every count and hands the thumbnail over in score order;
-`strict="code"` does the same, "paper" keeps the exact budget in raster order. The code also puts the tokens of a padded
-crop at wrong cells of the joined map; here a token stays at its place (`packed` is the released order). The code reads
-the last layer of the encoder; here it is the last one that feeds the connector. A tower without CLS scores by
-received attention. A picture without a thumbnail beside crops gives each view its share by size.
+Where paper and code differ: the code truncates every count, hands the thumbnail over in score order, and cuts the
+thumbnail into equal parts for the crops, whatever of them is padding; `strict="code"` does the same, "paper" keeps the
+exact budget in raster order, and a crop's part is where the thumbnail shows it. The code also puts the tokens of a
+padded crop at wrong cells of the joined map; here a token stays at its place (`packed` is the released order). The code
+reads the last layer of the encoder; here it is the last one that feeds the connector. A tower without CLS scores by
+received attention. A picture without a thumbnail beside crops, which the code leaves whole, gives each view its share
+by size.
 """
 
 from __future__ import annotations
@@ -75,12 +77,20 @@ class GlobalCom2(Reducer):
         return reduction(parts, blocks(layout))
 
     def _parts(self, score: Tensor, layout: VisualLayout, whole: Tensor, crops: list[Tensor], total: int) -> list[Part]:
+        code = self.strict == "code"
         keep = total / (len(whole) + sum(map(len, crops)))
-        sums = torch.stack([score[whole][inside].double().sum() for inside in seen_by(layout, whole, crops)])
-        ratios = spread(sums, keep, self.temperature)
+        if code and isinstance(self.keep, float):
+            keep = self.keep  # counts are truncated, so that no rounding may come before
+        if code:
+            cell, rows, cols = grid_of(layout, crops)
+            sums = cell_sums(score[whole], layout.row[whole], layout.col[whole], rows, cols)
+            ratios = spread(sums, keep, self.temperature)[cell]
+        else:
+            sums = torch.stack([score[whole][inside].double().sum() for inside in seen_by(layout, whole, crops)])
+            ratios = spread(sums, keep, self.temperature)
         sizes = torch.tensor([len(crop) for crop in crops])
         own = max(int(len(whole) * keep), 1)
-        if self.strict == "code":
+        if code:
             counts = [int(size * ratio) for size, ratio in zip(sizes.tolist(), ratios.tolist())]
             parts = [Part(whole, strongest(score[whole], own), late=None)]
         else:
@@ -99,17 +109,32 @@ def spread(sums: Tensor, keep: float, temperature: float) -> Tensor:
     return (keep * (1 + share - share.mean())).clamp_max(1)
 
 
-def crop_ratios(thumbnail: Tensor, rows: int, cols: int, keep: float, temperature: float) -> Tensor:
-    """Kept fraction of each of rows x cols crops [crops] float64, from the logits of a square thumbnail [N].
+def grid_of(layout: VisualLayout, crops: list[Tensor]) -> tuple[Tensor, int, int]:
+    """The cell of each crop in the grid of crops [crops] int64, row by row, and the grid's rows and columns.
 
-    A crop's part is side // rows by side // cols patches; what is left over goes to the last crops.
+    Rows and columns of crops that are padding throughout are unknown, and not counted.
     """
+    first = torch.stack([crop[0] for crop in crops])
+    down, row = torch.unique(layout.global_row[first] - layout.row[first], return_inverse=True)
+    across, col = torch.unique(layout.global_col[first] - layout.col[first], return_inverse=True)
+    return row * len(across) + col, len(down), len(across)
+
+
+def cell_sums(score: Tensor, row: Tensor, col: Tensor, rows: int, cols: int) -> Tensor:
+    """Scores [N] of a thumbnail summed over rows x cols equal parts of its map [rows * cols] float64, as the code cuts
+    it: whatever the crops' padding, and what is left over goes to the last parts. row, col: [N], place in the map."""
+    down, across = (
+        (place // max((int(place.max()) + 1) // parts, 1)).clamp_max(parts - 1)
+        for place, parts in ((row, rows), (col, cols))
+    )
+    return torch.zeros(rows * cols, dtype=torch.float64).index_add_(0, down * cols + across, score.double())
+
+
+def crop_ratios(thumbnail: Tensor, rows: int, cols: int, keep: float, temperature: float) -> Tensor:
+    """Kept fraction of each of rows x cols crops [crops] float64, from the logits of a square thumbnail [N]."""
+    place = torch.arange(len(thumbnail))
     side = int(len(thumbnail) ** 0.5)
-    down = (torch.arange(side) // (side // rows)).clamp_max(rows - 1)
-    across = (torch.arange(side) // (side // cols)).clamp_max(cols - 1)
-    part = (down[:, None] * cols + across).flatten()
-    sums = torch.zeros(rows * cols, dtype=torch.float64).index_add_(0, part, thumbnail.double())
-    return spread(sums, keep, temperature)
+    return spread(cell_sums(thumbnail, place // side, place % side, rows, cols), keep, temperature)
 
 
 def combined(local: Tensor, overall: Tensor) -> Tensor:
