@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -81,3 +84,20 @@ def cls_attention(case: Case) -> list[torch.Tensor]:
     """The [CLS] attention of the earlier and of the later layer, [V, H, N] each."""
     names = [name for kind, name in case if kind == "in" and name.endswith("_cls_attn")]
     return [case.tensor(name) for name in sorted(names, key=lambda name: int(name[len("layer") : -len("_cls_attn")]))]
+
+
+@contextmanager
+def noise_of(seed: int, module: ModuleType) -> Iterator[None]:
+    """Clusterings of a method's module with the noise that the official code drew for its densities, one after another.
+
+    Of one or two neighbours many densities are equal, and the noise alone decides which point is a centre.
+    """
+    from foveate.reduce.cluster import density_peaks
+
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(x: torch.Tensor, clusters: int, neighbours: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return density_peaks(x, clusters, neighbours, 1e-6 * torch.rand(len(x), generator=generator))
+
+    with mock.patch.object(module, "density_peaks", noisy):
+        yield

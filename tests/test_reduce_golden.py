@@ -38,7 +38,7 @@ from foveate.reduce.grid import stitched, unpadded
 from foveate.reduce.merge import bipartite
 from foveate.reduce.select import above_threshold, coverage
 from foveate.registry import METHODS
-from goldens_io import cls_attention, equal, golden_cases, golden_methods, near
+from goldens_io import cls_attention, equal, golden_cases, golden_methods, near, noise_of
 
 FAMILY = "tokens"
 
@@ -214,8 +214,9 @@ def check_holitom(case):
     near(ratio, case, "effective_retain")
     present = torch.ones(frames, places, dtype=torch.bool)
     out, lengths, still = [], [], []
-    for first, last in windows:
-        parts = method.window_parts(x, attention, static, (first, last), ratio, present)
+    with noise_of(case["param", "torch_seed"], holitom):
+        made = [method.window_parts(x, attention, static, window, ratio, present) for window in windows]
+    for (first, last), parts in zip(windows, made):
         tokens = [(part.source[part.keep] % places, apply(part, x.view(-1, width))) for part in parts]
         if newline == "grid":  # the static tokens fall in with the first frame's, and each row that is left ends a line
             first_frame = len(tokens) - (last - first)

@@ -75,12 +75,14 @@ def test_globalcom2_as_a_method_keeps_what_the_official_code_keeps(case):
     score = torch.cat([thumbnail, crops.flatten()])[number]
     method = globalcom2.GlobalCom2(keep=keep, temperature=temperature, strict="code")
     kept = number[method.select({"cls_logits@-1": score[:, None]}, layout).keep].tolist()
-    thumb = case["out", "thumb_keep_order"].tolist()
-    official = [*thumb, *(token + n for token in case["out", "packed_ids"].tolist() if token >= 0)]
-    if shown.sum() == rows * cols * n:
-        assert kept == official
-    else:  # the part of a padded crop in the thumbnail is cut otherwise there, so budgets differ a little
-        assert len(set(kept) & set(official)) > 0.9 * len(official)
+    official = case["out", "thumb_keep_order"].tolist()
+    tokens = [token + n for token in case["out", "packed_ids"].tolist() if token >= 0]
+    if len(layout[shown].groups("view")) < rows * cols:
+        pytest.skip("a crop that is all padding has no place in a layout")
+    # the code puts the tokens of a padded crop at other cells, so that only what is kept is the same
+    order = list if shown.sum() == rows * cols * n else sorted
+    assert kept[: len(official)] == official
+    assert order(kept[len(official) :]) == order(tokens)
 
 
 @pytest.mark.parametrize("case", of_method("dycoke"))

@@ -23,7 +23,7 @@ from foveate.reduce.pyramiddrop import PyramidDrop
 from foveate.reduce.sparsevlm import SparseVLM
 from foveate.reduce.visiondrop import VisionDrop
 from foveate.reduce.yopo import neighbours
-from goldens_io import equal, golden_cases, golden_methods
+from goldens_io import equal, golden_cases, golden_methods, noise_of
 
 FAMILY = "tokens"
 
@@ -155,7 +155,8 @@ def check_sparsevlm(case):
         "hidden": visual,
         "entered": torch.tensor(count),
     }
-    reduction = method.select(signals, line(count, start), 0)
+    with noise_of(case["param", "torch_seed_before_cluster"], sparsevlm):
+        reduction = method.select(signals, line(count, start), 0)
     kept = reduction.keep[:keep]
     equal(kept, case, "vis_keep")
     order = sparsevlm.recycled(score, kept)

@@ -71,6 +71,12 @@ def test_rows_of_cls_belong_to_the_views_that_have_tokens():
 # ---- merging and clustering
 
 
+def test_where_all_densities_tie_the_earliest_point_is_the_centre_or_what_noise_says():
+    x = torch.tensor([[0.0], [1.0], [2.0]])
+    assert density_peaks(x, 1, 1)[0].tolist() == [0]
+    assert density_peaks(x, 1, 1, torch.tensor([0.0, 1e-6, 0.0]))[0].tolist() == [1]
+
+
 def test_matching_merges_the_most_alike_and_protects_cls():
     metric = torch.tensor([[[1.0, 0], [1, 0], [0, 1], [0.1, 1], [1, 1], [-1, 0.3]]])
     matching = bipartite(metric, 2)
