@@ -207,8 +207,8 @@ def measured(
     out = [
         {"recipe": name, "failed": failed[name]}
         if name in failed
-        else {"recipe": name, **costs(bench, rows[name], [times[name] for times in used])}
-        for name in methods
+        else {"recipe": name, **costs(bench, reducers, rows[name], [times[name] for times in used])}
+        for name, reducers in methods.items()
     ]
     return {
         "size": list(load.size),
@@ -226,18 +226,20 @@ def measured(
     }
 
 
-def costs(bench: Bench, row: Any, times: list[dict[str, float]]) -> dict[str, Any]:
+def costs(bench: Bench, reducers: tuple[Any, ...], row: Any, times: list[dict[str, float]]) -> dict[str, Any]:
     """What a recipe cost and saved, of the times of all rounds, against what its FLOPs predict."""
     shape = cost.ModelShape.from_config(bench.vlm.model.config, bench.vlm.spec)
     request = cost.Request.from_plan(bench.plan, shape)
     layers = tuple(row.per_layer)
-    less = cost.flops(shape, replace(request, kept=layers[-1], per_layer=layers, text=row.text))
-    share = less["prefill"] / cost.flops(shape, request)["prefill"]
+    small = replace(cost.Effect(reducers).apply(request, shape), kept=layers[-1], per_layer=layers, text=row.text)
+    less, whole = cost.flops(shape, small), cost.flops(shape, request)
+    share = less["prefill"] / whole["prefill"]
+    tower = (less["tower"] + less["connector"]) / (whole["tower"] + whole["connector"])
     opened = sum(bench.before.values())
     before, dense = opened + bench.tower, median(times, "dense")
     after = [t["select"] + t["prefill"] for t in times]
     ttft = interval([(opened + t["tower"] + a) / (before + t["dense"]) for t, a in zip(times, after)])
-    predicted = (before + dense * share) / (before + dense)
+    predicted = (opened + bench.tower * tower + dense * share) / (before + dense)
     return {
         "visual": row.visual,
         "per_layer": list(layers),
@@ -248,6 +250,7 @@ def costs(bench: Bench, row: Any, times: list[dict[str, float]]) -> dict[str, An
         "selection_share": interval([t["select"] / t["dense"] for t in times]),
         "prefill_ratio": interval([t["prefill"] / t["dense"] for t in times]),
         "llm_ratio": interval([a / t["dense"] for t, a in zip(times, after)]),
+        "tower_flops": tower,
         "prefill_flops": share,
         "ttft_ratio": ttft,
         "ttft_predicted": predicted,
@@ -283,13 +286,13 @@ def plot(runs: list[dict[str, Any]]) -> str:
     sizes = [size for run in runs for size in run["sizes"]]
     size = max(sizes, key=lambda one: (len(one["rows"]), one["visual"]))
     dense = size["dense"]
-    before = dense["preprocess_ms"] + dense["tower_ms"]
-    fixed = before / (before + dense["prefill_ms"])
+    whole = dense["preprocess_ms"] + dense["tower_ms"] + dense["prefill_ms"]
     rows = [row for row in size["rows"] if "failed" not in row and row["recipe"].endswith(f"keep={least_keep(size)})")]
     shown = []
     for row in rows:
         predicted = row["ttft_predicted"] if counted(row) else None
-        shown.append((row["recipe"], row["ttft_ratio"]["value"], fixed, predicted))
+        encoded = (dense["preprocess_ms"] + row["tower_ms"]) / whole
+        shown.append((row["recipe"], row["ttft_ratio"]["value"], encoded, predicted))
     axis = f"time to first token / dense, {size['visual']} visual tokens; red: to the end of the tower"
     return bars(sorted(shown, key=lambda one: one[1]), axis, mark="FLOPs predict")
 

@@ -12,17 +12,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from families import FAMILIES, PRESETS, clip, picture
+from families import CLIPS, FAMILIES, PRESETS, clip, picture
 from foveate.adapters.presets import PRESETS as PUBLISHED
 from foveate.adapters.presets import _tokenizer, build
+from foveate.adapters.shape import steps_of
 from foveate.adapters.vocabulary import byte_tokenizer
-from foveate.bench.cost import ModelShape, flops
+from foveate.bench.cost import Effect, ModelShape, activation_bytes, flops
 from foveate.bench.counts import Request as Counts
-from foveate.bench.counts import request_of_sizes
+from foveate.bench.counts import request_of_sizes, tower_blocks
 from foveate.cli import main
 from foveate.cli.plan import shape_of
 from foveate.data.plan import plan
 from foveate.nvila.presets import PRESETS as NVILA
+from foveate.recipe import Recipe
+from foveate.runtime import encode, select
 from foveate.vlm import VLM, Request
 from plain_hf import CASES, MIXES
 
@@ -54,6 +57,75 @@ def test_flops_of_every_stage_equal_torchs_counter(slow_attention: dict[str, VLM
     places = torch.arange(request.prompt)[None]
     prefill = counted(lambda: adapter.forward(inputs_embeds=embeds, position_ids=places, past_key_values=cache))
     assert found["prefill"] == pytest.approx(prefill, rel=0.02)
+
+
+VIEWS = {
+    "pictures": MIXES["pictures"],  # LLaVA-NeXT leaves out patches of padding
+    "narrow picture": [picture(5, 10, 200)],  # and whole views of it
+    "clip and picture": MIXES["clip and picture"],
+}
+LEFT = [
+    (family, media)
+    for family in ("llava", "llava_next", "internvl", "smolvlm", "idefics3")
+    for media in VIEWS
+    if "clip" not in media or family in CLIPS
+]
+"""Families whose tokens may leave inside the tower."""
+
+
+@pytest.mark.parametrize("recipe", ["tome(keep=0.25)", "pitome(keep=3)", "flowcut(keep=0.5) + uniform(keep=0.5)"])
+@pytest.mark.parametrize(("family", "media"), LEFT)
+def test_a_tower_that_tokens_leave_is_counted_block_by_block(
+    slow_attention: dict[str, VLM], family: str, media: str, recipe: str
+):
+    vlm = slow_attention[family]
+    if "flowcut" in recipe and not vlm.adapter.has_cls:
+        pytest.skip("leaves at the end")
+    seen, work = encoded(vlm, VIEWS[media], recipe)
+    shape = ModelShape.from_config(vlm.model.config, vlm.spec)
+    whole = Counts.from_plan(vlm.plan(Request("What is it?", VIEWS[media]).to_messages()), shape)
+    small = Effect(Recipe.parse(recipe).of("reduce")).apply(whole, shape)
+    assert [block[1:] for block in tower_blocks(shape, small)] == seen
+    assert seen[0][0] == tower_blocks(shape, whole)[0].rows > seen[-1][2]
+    found, dense = (flops(shape, request) for request in (small, whole))
+    assert found["tower"] + found["connector"] == work
+    assert found["tower"] < dense["tower"] and found["connector"] < dense["connector"]
+    assert activation_bytes(shape, small) <= activation_bytes(shape, whole)
+
+
+def encoded(vlm: VLM, media: Any, recipe: str) -> tuple[list[tuple[int, int, int]], int]:
+    """What a recipe leaves of a tower, as it runs: for each block (rows of attention, pairs, rows of the MLP), and the
+    FLOPs of all modules, which are not those of choosing."""
+    adapter, reducers = vlm.adapter, Recipe.parse(recipe).of("reduce")
+    plan = vlm.plan(Request("What is it?", media).to_messages())
+    inputs, steps = vlm.prepare(plan), steps_of(reducers, adapter.shape)
+    attending: list[list[int]] = [[] for _ in adapter.blocks]
+    feeding: list[list[int]] = [[] for _ in adapter.blocks]
+    handles = []
+    for number, block in enumerate(adapter.blocks):
+        for module, lengths in ((adapter.attention_of(block).q, attending[number]), (block.mlp, feeding[number])):
+            note = lambda _, args, lengths=lengths: lengths.extend([args[0].shape[1]] * args[0].shape[0])  # noqa: E731
+            handles.append(module.register_forward_pre_hook(note))
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        (part,) = encode(adapter, [plan], [inputs], [steps])
+        select(adapter, plan, part, steps)
+    for handle in handles:
+        handle.remove()
+    seen = [(sum(a), sum(n * n for n in a), sum(fed)) for a, fed in zip(attending, feeding)]
+    modules = {name: sum(found.values()) for name, found in counter.get_flop_counts().items() if "." not in name}
+    return seen, sum(modules.values()) - modules["Global"]
+
+
+def test_the_connector_takes_what_is_left_before_it(slow_attention: dict[str, VLM]):
+    for family, recipe in (("llava_next", "visionzip(keep=0.5)"), ("llava", "prumerge(keep=0.25) + uniform(keep=0.5)")):
+        vlm = slow_attention[family]
+        shape = ModelShape.from_config(vlm.model.config, vlm.spec)
+        whole = Counts.from_plan(vlm.plan(Request("What is it?", MIXES["tall picture"]).to_messages()), shape)
+        small = Effect(Recipe.parse(recipe).of("reduce")).apply(whole, shape)
+        _, work = encoded(vlm, MIXES["tall picture"], recipe)
+        found = flops(shape, small)
+        assert found["tower"] + found["connector"] == work
+        assert small.kept <= small.connector_rows < whole.connector_rows and not small.per_block
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,6 +162,22 @@ def test_groups_are_those_of_the_layout(slow_attention: dict[str, VLM]):
         plan = vlm.plan(Request("?", [picture(), *([clip()] if vlm.adapter.takes_clips else [])]).to_messages())
         request = Counts.from_plan(plan, ModelShape.from_config(vlm.model.config, vlm.spec))
         assert [list(group) for group in request.groups] == vlm.adapter.layout(plan).features().sizes(), family
+
+
+def test_plan_shows_the_tower_that_a_recipe_leaves(capsys: Any):
+    found = {}
+    for recipe in ("uniform(keep=0.25)", "tome(keep=0.25)"):
+        call = ["plan", "smolvlm-256m", "--image", "512x512", "--device", "h200", "--recipe", recipe]
+        assert main(call) == 0
+        text = capsys.readouterr().out
+        assert main([*call, "--json"]) == 0
+        found[recipe] = (json.loads(capsys.readouterr().out), text)
+    (dense, words), (merged, others) = found.values()
+    assert dense["tokens"] == merged["tokens"] and dense["flops"]["prefill"] == merged["flops"]["prefill"]
+    for unit in ("flops", "ms"):
+        assert 0.5 < merged[unit]["tower"] / dense[unit]["tower"] < 0.7
+    tower = [next(line for line in shown.splitlines() if line.startswith("tower")) for shown in (words, others)]
+    assert tower[0] != tower[1]
 
 
 def test_plan_knows_presets_and_folders(slow_attention: dict[str, VLM], tmp_path: Any, capsys: Any):

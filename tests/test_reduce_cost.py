@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import foveate
+from families import tiny
 from foveate.clock import Clock
 from foveate.llm_signals import LayerView
 from foveate.reduce.base import Reducer, Reduction
@@ -99,7 +100,7 @@ def test_the_benchmark_of_reductions_resumes_and_keeps_to_its_minutes(tmp_path, 
     assert set(rows) == {"uniform", "fastervlm", "schedule"} and size["visual"] == 64 and size["rounds"] == 1
     assert rows["uniform"]["signals_ms"] == 0 < rows["fastervlm"]["signals_ms"] < rows["fastervlm"]["select_ms"]
     assert rows["fastervlm"]["signals_ms"] == pytest.approx(size["signals"]["received_attention"], abs=1e-3)
-    assert rows["uniform"]["prefill_flops"] < rows["schedule"]["prefill_flops"] < 1
+    assert rows["uniform"]["prefill_flops"] < rows["schedule"]["prefill_flops"] < 1 == rows["uniform"]["tower_flops"]
     assert all(row["recipe"] in run["break_even"] for row in rows.values())
     assert "visual tokens x batch" in capsys.readouterr().out
 
@@ -110,3 +111,19 @@ def test_the_benchmark_of_reductions_resumes_and_keeps_to_its_minutes(tmp_path, 
     nothing = taken("--resume", "--presets", "nano:64x64,2f", "--minutes", "0")
     assert nothing["runs"] == resumed["runs"]
     assert nothing["skipped"] == [{"preset": "nano", "size": [384, 384], "frames": 2}]
+
+
+@torch.inference_mode()
+def test_the_benchmark_of_reductions_predicts_with_the_tower_that_tokens_leave(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    speed, vlm = importlib.import_module("speed"), tiny("smolvlm")
+    methods = speed.recipes(vlm, [0.25], ["tome", "uniform"])
+    found = speed.measured(vlm, speed.loads("64x64")[0], methods, 1, 0.0)
+    before, dense = found["dense"], found["dense"]["prefill_ms"]
+    opened, tower = before["decode_image_ms"] + before["preprocess_ms"], before["tower_ms"]
+    shares = {}
+    for row in found["rows"]:
+        shares[row["recipe"]] = row["tower_flops"]
+        predicted = opened + tower * row["tower_flops"] + dense * row["prefill_flops"]
+        assert row["ttft_predicted"] == pytest.approx(predicted / (opened + tower + dense))
+    assert shares["uniform(keep=0.25)"] == 1 > shares["tome(keep=0.25)"] > 0.25

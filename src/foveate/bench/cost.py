@@ -11,8 +11,10 @@ Formulas, per layer (T tokens, width D, H heads and K key-value heads of size h,
     head              2·D·V, for the last token only
     patch embedding   2·T·(3·patch²)·D                       arXiv 2010.11929
     connector         2·in·out of each linear layer, for each token of every view    NVILA, arXiv 2412.04468
+                      (for each that is left where tokens leave before it)
     cache             2·layers·K·h·bytes for each token (keys and values)
-Weights and caches of a recipe are not formulas: a method builds its layer without values, and that is measured.
+T is that of each layer, and in the tower of each half of a block, where tokens leave on the way. Weights and caches of
+a recipe are not formulas: a method builds its layer without values, and that is measured.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from foveate.bench.counts import Request, attended, tower_rows
+from foveate.bench.counts import Request, tower_blocks, tower_rows
 from foveate.bench.device import Device
 from foveate.bench.roofline import Kinds, cache_kind, layer_kind, stage_ms
 from foveate.bench.shape import ModelShape, bytes_of
@@ -46,10 +48,12 @@ def flops(shape: ModelShape, request: Request, *, causal: bool = True, selection
 
 def tower_flops(shape: ModelShape, request: Request) -> float:
     """FLOPs of the tower: patch embedding, the linear layers of every row, CLS among them, and attention by view."""
-    patches, rows = tower_rows(shape, request)
-    work = 2 * shape.patch_inputs * shape.vision_width * patches
-    work += 2 * shape.vision_layers * shape.tower_layer_params * rows
-    return float(work + 4 * shape.vision_width * attended(shape, request))
+    patches, _ = tower_rows(shape, request)
+    width, mlp = shape.vision_width, shape.mlp_matrices * shape.vision_mlp
+    work = 2 * shape.patch_inputs * width * patches
+    for block in tower_blocks(shape, request):
+        work += 2 * block.count * width * (4 * width * block.rows + mlp * block.fed) + 4 * width * block.pairs
+    return float(work)
 
 
 def weights(shape: ModelShape, dtype: str = "bfloat16", methods: Sequence[Any] = ()) -> dict[str, float]:
@@ -120,17 +124,19 @@ def bytes_moved(shape: ModelShape, request: Request, stored: dict[str, float], k
 def activation_bytes(shape: ModelShape, request: Request, dtype: str = "bfloat16", kinds: Kinds | None = None) -> float:
     """Bytes of intermediate results at the worst moment of one request, beside weights and cache.
 
-    Of the stages that run one after the other the largest counts: in the tower all views at once, in the prefill the
-    whole prompt. Alive at the worst moment of a block are its input and residual, and, in the MLP, what goes in, both
-    wide results of a gated MLP, and what comes out. The pixels are float32 on their way in. Where a recipe stores a
-    part as another kind of layer, its largest weight is made anew, from one byte each in three steps.
+    Of the stages that run one after the other the largest counts: in the tower all views at once, whole as they enter
+    it, in the prefill the whole prompt. Alive at the worst moment of a block are its input and residual, and, in the
+    MLP, what goes in, both wide results of a gated MLP, and what comes out. The pixels are float32 on their way in.
+    Where a recipe stores a part as another kind of layer, its largest weight is made anew, from one byte each in three
+    steps.
     """
     size = bytes_of(dtype)
     _, rows = tower_rows(shape, request)
     tower = rows * (3 * shape.vision_width + 2 * shape.vision_mlp) * size
     pixels = rows * shape.patch_inputs * (4 + size)
     wide = max([shape.width, *(outputs for _, outputs in shape.connector)])
-    connector = request.connector_rows * 2 * wide * size + rows * shape.vision_width * size
+    left = tower_blocks(shape, request)[-1].fed
+    connector = request.connector_rows * 2 * wide * size + left * shape.vision_width * size
     prefill = request.prompt * (4 * shape.width + 3 * shape.mlp) * size
     made = {
         part: max(i * o for i, o, _ in shape.linears()[part]) * (1 + 3 * size)
@@ -219,26 +225,33 @@ class Effect:
         return Kinds(found, cache_kind(self.cache) if self.cache else "", bool(self.reducers))
 
     def apply(self, request: Request, shape: ModelShape) -> Request:
-        """The request with the tokens that stay in each decoder layer; exact for methods whose budget is."""
+        """The request with the tokens that stay in the tower, for the connector and in each decoder layer; exact for
+        methods whose budget is."""
         if not self.reducers:
             return request
-        from foveate.reduce.base import tokens_per_layer
+        from foveate.reduce.base import tokens_left
 
-        layers = tokens_per_layer(self.reducers, request.groups, _site_shape(shape))
-        same = len(set(layers)) == 1
-        return replace(request, kept=layers[-1], per_layer=() if same else tuple(layers))
+        blocks, connected, layers = tokens_left(self.reducers, request.groups, _site_shape(shape))
+        return replace(
+            request,
+            connector_rows=request.connector_rows if connected is None else connected,
+            kept=layers[-1],
+            per_layer=() if len(set(layers)) == 1 else layers,
+            per_block=blocks,
+        )
 
     def selection_flops(self, shape: ModelShape, request: Request) -> float:
         """What it costs to tell the methods what they ask for, in products that the model does not make anyway.
 
-        In the tower: query-key products of one layer, when a method asks for received attention, because fast attention
-        kernels do not return their map. In the language model: queries of the rows that are asked for, their products
-        with all keys, and for signals named "next_..." the keys as well. All text counts as rows of text. request: as
-        `apply` returns it.
+        In the tower: query-key products of one block (of the last, where tokens leave in between), when a method asks
+        for received attention, because fast attention kernels do not return their map. Products of keys of one head's
+        width, by which tokens are matched, are under half a percent of a block and left out. In the language model:
+        queries of the rows that are asked for, their products with all keys, and for signals named "next_..." the keys
+        as well. All text counts as rows of text. request: as `apply` returns it.
         """
         needed = any("received_attention" in need for reducer in self.reducers for need in reducer.signals)
-        layer = attended(shape, request) / max(1, shape.vision_layers)
-        tower = 2 * shape.vision_width * layer if needed else 0.0
+        last = tower_blocks(shape, request)[-1]
+        tower = 2 * shape.vision_width * (last.pairs / max(1, last.count)) if needed else 0.0
         layers = request.per_layer or (request.kept,) * shape.layers
         from foveate.adapters.shape import steps_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from foveate.bench.shape import ModelShape
 from foveate.errors import InputError
@@ -27,6 +27,8 @@ class Request:
     groups: per picture or clip the sizes of its encoded views in tokens, which reducers share their budgets over.
     per_layer: visual tokens that each decoder layer sees, where that differs; kept is then what the last one sees.
     new: answer tokens. grids: (rows, columns) of patches of each view, where they differ from the model's usual ones.
+    per_block: tokens of each view that attention, and that the MLP, of each block of the tower sees, where tokens leave
+    in between.
     """
 
     views: int = 0
@@ -38,6 +40,7 @@ class Request:
     new: int = 1
     per_layer: tuple[int, ...] = ()
     grids: tuple[tuple[int, int], ...] = ()
+    per_block: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
 
     @classmethod
     def from_plan(cls, plan: Plan, shape: ModelShape, *, new: int = 1) -> Request:
@@ -102,14 +105,42 @@ class Request:
         return self.text + sum(layers) / len(layers)
 
 
+class Blocks(NamedTuple):
+    """`count` blocks of the tower in a row: rows of attention's linear layers in each, CLS among them; pairs of rows
+    that attend to each other, in all of these blocks; rows of the MLP in each."""
+
+    count: int
+    rows: int
+    pairs: int
+    fed: int
+
+
 def tower_rows(shape: ModelShape, request: Request) -> tuple[int, int]:
-    """(patches, rows of the linear layers, CLS among them) of all views."""
+    """(patches, rows that enter the first block, CLS among them) of all views."""
     views = [rows * cols for rows, cols in request.grids] or [shape.patches] * request.views
     return sum(views), sum(views) + (shape.sizes.cls if shape.sizes else 0) * len(views)
 
 
-def attended(shape: ModelShape, request: Request) -> int:
-    """Pairs of rows that attend to each other, over all layers and views of the tower."""
+def tower_blocks(shape: ModelShape, request: Request) -> list[Blocks]:
+    """The blocks of the tower: all in one, or, where tokens leave in between, one by one."""
+    _, rows = tower_rows(shape, request)
+    if not request.per_block:
+        return [Blocks(shape.vision_layers, rows, _attended(shape, request), rows)]
+    whole = rows // max(1, request.views)  # such a tower has views of one size
+    joined = shape.sizes.joined if shape.sizes else 1
+    first = [tokens for media in request.groups for tokens in media]
+    idle = request.views - len(first)  # views that no token is made of
+
+    def lengths(tokens: tuple[int, ...]) -> list[int]:
+        """Rows of each view; CLS and patches that become no token pass all blocks."""
+        return [whole - joined * (n - left) for n, left in zip(first, tokens, strict=True)] + [whole] * idle
+
+    made = [(lengths(entered), sum(lengths(fed))) for entered, fed in request.per_block]
+    return [Blocks(1, sum(views), sum(n * n for n in views), fed) for views, fed in made]
+
+
+def _attended(shape: ModelShape, request: Request) -> int:
+    """Pairs of rows that attend to each other, over all layers and whole views of the tower."""
     sizes = shape.sizes
     cls = sizes.cls if sizes else 0
     whole = sum((rows * cols + cls) ** 2 for rows, cols in request.grids) or request.views * (shape.patches + cls) ** 2

@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from foveate.bench.counts import attended, tower_rows
+from foveate.bench.counts import tower_blocks, tower_rows
 from foveate.bench.shape import bytes_of
 
 if TYPE_CHECKING:
@@ -88,13 +88,15 @@ class _Machine:
         self.layers, self.kinds = shape.linears(), kinds
         self.queries, self.keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
 
-    def linears(self, part: str, rows: int, of: int = 1) -> float:
-        """All linear layers of a part for so many rows, of its `of` layers one."""
+    def linears(self, part: str, rows: int, of: float = 1, fed: int | None = None) -> float:
+        """All linear layers of a part for so many rows, of its `of` layers one. fed: rows of those of the tower's MLP,
+        where they are others."""
         if not rows:
             return 0.0
         layers, kind = self.layers[part], self.kinds.weights.get(part, "")
         made = self.device.unpacking_ms(kind, sum(n * i * o for i, o, n in layers), self.dtype)
-        return (sum(n * self.product(rows, i, o) for i, o, n in layers) + made) / of
+        each = [rows] + [rows if fed is None else fed] * (len(layers) - 1)
+        return (sum(n * self.product(count, i, o) for count, (i, o, n) in zip(each, layers)) + made) / of
 
     def product(self, rows: int, inputs: int, outputs: int) -> float:
         if rows == 1:
@@ -109,17 +111,16 @@ class _Machine:
             return 0.0
         shape = self.shape
         block, call = self.device.overhead_ms("tower", self.dtype, [self.kinds.weights.get("vision_tower", "")])
-        patches, rows = tower_rows(shape, request)
-        pairs = attended(shape, request) / max(1, shape.vision_layers * request.views)
-        each = self.attention("attention_full", shape.vision_width, pairs**0.5, pairs)
-        values = self.device.stream_ms(12.0 * rows * shape.vision_width * self.size, self.dtype)
-        values += self.device.activation_ms(rows * shape.vision_mlp, self.dtype)
-        return (
-            self.product(patches, shape.patch_inputs, shape.vision_width)
-            + self.linears("vision_tower", rows)
-            + shape.vision_layers * (request.views * each + values + block)
-            + call
-        )
+        patches, _ = tower_rows(shape, request)
+        total = self.product(patches, shape.patch_inputs, shape.vision_width)
+        for count, rows, pairs, fed in tower_blocks(shape, request):
+            mean = pairs / max(1, count * request.views)
+            each = self.attention("attention_full", shape.vision_width, mean**0.5, mean)
+            values = self.device.stream_ms(6.0 * (rows + fed) * shape.vision_width * self.size, self.dtype)
+            values += self.device.activation_ms(fed * shape.vision_mlp, self.dtype)
+            total += self.linears("vision_tower", rows, shape.vision_layers / max(1, count), fed)
+            total += count * (request.views * each + values + block)
+        return total + call
 
     def selection(self, flop: float) -> float:
         """Handing over the prompt, and what methods ask for."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from foveate.adapters.decoder import check_layers
-from foveate.adapters.shape import INSIDE, Shape, steps_of
+from foveate.adapters.shape import INSIDE, SITES, Shape, steps_of
 from foveate.errors import RecipeError, UnsupportedError
 from foveate.method import Method, signal_for
 
@@ -102,9 +102,10 @@ class Step:
 
     site: one of SITES. select: the method there; N is the number of tokens that are left when the step comes, and the
     layout is narrowed to them. At site "compute" it returns a `Compute` for layer `layer`. count(n, total): tokens that
-    stay of a group of n, where `total` features were to enter the language model (total = n before it). layer: encoder
-    block or decoder layer; at site "llm" tokens leave at the input of decoder layer `layer`. where: at site "encoder",
-    at the block's output, or between its attention and MLP.
+    stay of a group of n; total: at site "encoder" the tokens of this view before the first block, inside the language
+    model the features that were to enter it, elsewhere n. layer: encoder block or decoder layer; at site "llm" tokens
+    leave at the input of decoder layer `layer`. where: at site "encoder", at the block's output, or between its
+    attention and MLP.
     position: "keep" leaves tokens at their positions, "renumber" closes the gaps. newline: what becomes of separators
     once something was dropped: all stay ("keep"), all go ("drop"), or those stay that end a row of which something
     is left ("row").
@@ -269,31 +270,62 @@ def distinct(steps: Sequence[Step]) -> tuple[Step, ...]:
     return tuple({(step.site, step.layer): step for step in steps}.values())
 
 
-def tokens_per_layer(reducers: Sequence[Reducer], groups: Sequence[Sequence[int]], shape: Shape) -> list[int]:
-    """Visual tokens that each decoder layer sees in a prefill, known before anything runs.
+class Tokens(NamedTuple):
+    """How many visual tokens of a request are left, everywhere on its way.
+
+    blocks: tokens of each view that attention, and that the MLP, of each encoder block sees; () where none leave there.
+    connected: tokens that pass the connector, one by one; None where it takes whole views. layers: tokens that each
+    decoder layer sees.
+    """
+
+    blocks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    connected: int | None
+    layers: tuple[int, ...]
+
+
+def tokens_left(reducers: Sequence[Reducer], groups: Sequence[Sequence[int]], shape: Shape) -> Tokens:
+    """Visual tokens at every place of a prefill, known before anything runs.
 
     groups: for each picture or clip the sizes of its encoded views in tokens, separators not counted. Exact for
     methods that are; when a method shares a budget over several views and another one follows that does not, the
     views are taken to lose tokens evenly.
     """
-    sizes = [list(media) for media in groups]
-    total = sum(map(sum, sizes))
+    first = sizes = [list(media) for media in groups]
     steps = steps_of(reducers, shape)
-    for step in steps:
-        if step.site not in INSIDE:
-            sizes = _after(step, sizes, None)
+    at: dict[str, list[Step]] = {site: [step for step in steps if step.site == site] for site in SITES}
+    blocks = []
+    for block in range(shape.blocks if at["encoder"] else 0):
+        here, entered = [step for step in at["encoder"] if step.layer == block], sizes
+        for step in here:  # view by view, whoever shares a budget elsewhere
+            sizes = [
+                [step.count(n, total) if n else 0 for n, total in zip(*media)]
+                for media in zip(sizes, first, strict=True)
+            ]
+        fed = sizes if any(step.where == "mid" for step in here) else entered
+        blocks.append((tuple(chain.from_iterable(entered)), tuple(chain.from_iterable(fed))))
+    for step in at["post_encoder"]:
+        sizes = _after(step, sizes, None)
+    connected = sum(map(sum, sizes)) if at["encoder"] or at["post_encoder"] else None
+    for step in at["post_projector"]:
+        sizes = _after(step, sizes, None)
     total = sum(map(sum, sizes))
-    tokens = []
+    layers = []
     for layer in range(shape.layers):
-        for step in steps:
-            if step.site == "llm" and step.layer == layer:
+        for step in at["llm"]:
+            if step.layer == layer:
                 sizes = _after(step, sizes, total)
-        tokens.append(sum(map(sum, sizes)))
-    return tokens
+        layers.append(sum(map(sum, sizes)))
+    return Tokens(tuple(blocks), connected, tuple(layers))
+
+
+def tokens_per_layer(reducers: Sequence[Reducer], groups: Sequence[Sequence[int]], shape: Shape) -> list[int]:
+    """Visual tokens that each decoder layer sees in a prefill, of `tokens_left`."""
+    return list(tokens_left(reducers, groups, shape).layers)
 
 
 def _after(step: Step, sizes: list[list[int]], total: int | None) -> list[list[int]]:
-    """Tokens of each view after a step. total: None before the language model, where each group is its own."""
+    """Tokens of each view after a step behind the encoder. total: None before the language model, where each group is
+    its own."""
 
     def count(n: int) -> int:
         return step.count(n, n if total is None else total) if n else 0

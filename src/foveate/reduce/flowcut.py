@@ -47,7 +47,8 @@ class FlowCut(Scorer):
 
     inner, layer: fraction of what entered the language model that a second choice inside it leaves, by the last prompt
     token, and the layer before which it happens (an index, or a fraction of the depth). The authors use it for tiled
-    pictures.
+    pictures. How many patches leave before the last block that may hangs on the content: inside the encoder those that
+    go with even attention are expected, none.
     """
 
     inner: float = 1.0
@@ -94,6 +95,8 @@ class FlowCut(Scorer):
 
         def act(block: int) -> Select:
             def select(signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
+                if not len(layout):  # a tile of nothing but padding
+                    return Reduction(torch.arange(0))
                 view = (int(layout.media[0]), int(layout.view[0]))
                 total, before = seen.get(view, (len(layout), None))
                 kept, score = self.select_in_block(signals, self.count(total), before, last - block, shape.heads)
@@ -108,7 +111,7 @@ class FlowCut(Scorer):
                 act(block),
                 layer=block,
                 signals=("cls_attention", "cls_value", "values"),
-                count=lambda n, total, end=block == last: self.count(n) if end else n,
+                count=lambda n, total, end=block == last: min(n, self.count(total)) if end else n,
             )
             for block in range(last + 1)
         )

@@ -57,18 +57,21 @@ class ToMe(Reducer):
                 layer=block,
                 where="mid",
                 signals=("keys",),
-                count=lambda n, total, last=block == shape.blocks - 1: self.count(n) if last else n,
+                count=partial(self.count_in_block, blocks_left=shape.blocks - block),
             )
             for block in range(shape.blocks)
         )
+
+    def count_in_block(self, n: int, total: int, blocks_left: int) -> int:
+        """Tokens of n that a block leaves of a view of `total`: an equal share of what is to go in `blocks_left`."""
+        return n - max(0, n - self.count(total)) // blocks_left
 
     def select_in_block(
         self, signals: dict[str, Tensor], layout: VisualLayout, block: int, blocks: int, heads: int
     ) -> Reduction:
         """The share of one block in the merges of a view."""
         n, size = len(layout), layout.size
-        target = self.count(int(size.sum()))  # sizes tell how many patches there were
-        count = n - (n - target) // (blocks - block)
+        count = self.count_in_block(n, int(size.sum()), blocks - block)  # sizes tell how many tokens there were
         keys = split_heads(signals["keys"].float(), heads).mean(dim=1).cpu()
         part = as_part(torch.arange(n), rounds(keys, size, count, partial(self.match, depth=block / blocks)), size)
         return Reduction(part.keep, part.weights)
