@@ -47,8 +47,8 @@ class FlowCut(Scorer):
 
     inner, layer: fraction of what entered the language model that a second choice inside it leaves, by the last prompt
     token, and the layer before which it happens (an index, or a fraction of the depth). The authors use it for tiled
-    pictures. How many patches leave before the last block that may hangs on the content: inside the encoder those that
-    go with even attention are expected, none.
+    pictures. How many patches leave the encoder early hangs on their attention; `count` expects an even one, with which
+    all leave in the last block that may.
     """
 
     inner: float = 1.0
