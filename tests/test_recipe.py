@@ -187,6 +187,14 @@ def test_every_method_is_listed_with_its_needs():
     assert json.loads(json.dumps(list(rows.values())))
 
 
+def test_methods_are_found_in_the_package_by_their_names(tiny):
+    with foveate.fastv(keep=0.25, layer=1).attach(tiny):
+        assert [method.text() for method in tiny.reducers()] == ["fastv(keep=0.25, layer=1)"]
+    assert foveate.int8 is Int8Cache
+    with pytest.raises(AttributeError, match="no attribute 'fastw'"):
+        foveate.fastw  # noqa: B018
+
+
 def test_parsing_names_needs_no_torch():
     code = "import sys; from foveate.recipe import Recipe; Recipe.parse('none'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

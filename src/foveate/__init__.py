@@ -1,6 +1,7 @@
 """Foveate: visual language models that are cheap at every stage of their life.
 
-Importing the package is silent and cheap: torch and transformers are imported by the first call that needs them.
+Importing the package is silent and cheap: torch and transformers are imported by the first call that needs them. Every
+registered method is here by its name: `foveate.fastv(keep=0.25)`.
 """
 
 from __future__ import annotations
@@ -24,4 +25,7 @@ def __getattr__(name: str) -> Any:
         return import_module("foveate.registry").METHODS
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
+    methods = import_module("foveate.registry").METHODS
+    if not name.startswith("_") and name in methods:
+        return methods.get(name)
     raise AttributeError(f"module 'foveate' has no attribute {name!r}")

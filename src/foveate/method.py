@@ -1,6 +1,6 @@
 """What every method of every socket is: a frozen dataclass of its parameters that knows its name and its needs.
 
-A method is used in three ways that mean the same: as an object (`with Uniform(keep=0.5).attach(vlm): vlm.ask(...)`),
+A method is used in three ways that mean the same: as an object (`with foveate.uniform(keep=0.5).attach(vlm): ...`),
 as text (`vlm.ask(..., reduce="uniform(keep=0.5)")`) and as a line of a recipe. Neither torch nor a model is needed.
 """
 
