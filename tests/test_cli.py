@@ -110,6 +110,10 @@ def test_ask_json_has_the_promised_keys(run, nano_folder, pictures):
     assert half["tokens"]["kept"] == half["tokens"]["visual"] / 2
     recipe = json.loads(run(*argv, "--recipe", "uniform(keep=0.25) + int8")[1])
     assert recipe["tokens"]["kept"] == recipe["tokens"]["visual"] / 4
+    chain = json.loads(run(*argv, "--reduce", "divprune(keep=0.5) + fastv(keep=0.5)")[1])
+    assert chain["tokens"]["kept"] == chain["tokens"]["visual"] / 4
+    none = json.loads(run(*argv, "--recipe", "uniform(keep=0.25) + int8", "--reduce", "none")[1])
+    assert none["tokens"]["kept"] == none["tokens"]["visual"]
 
 
 def test_ask_streams_the_same_text(run, nano_folder, pictures):

@@ -18,6 +18,7 @@ import torch
 
 from foveate.adapters.layout import VisualLayout
 from foveate.cli import build_parser
+from foveate.cli.common import parse_reduce
 from foveate.recipe import Recipe
 from foveate.registry import METHODS
 
@@ -300,7 +301,7 @@ def test_commands_parse(page, line, capsys):
     for name in ("recipe", "reduce", "against"):
         text = getattr(args, name, None)
         if text and args.command != "train" and not text.endswith(".yaml"):
-            assert len(Recipe.parse(text))
+            assert len(parse_reduce(text) if name == "reduce" else Recipe.parse(text))
 
 
 def test_the_first_screen_holds_the_two_commands():

@@ -13,6 +13,7 @@ from PIL import Image
 
 from foveate.data.sample import Sample
 from foveate.errors import BudgetError, InputError, UnknownNameError
+from foveate.recipe import Recipe
 from foveate.tasks import TASKS, Record, Task, evaluate, find_tasks, mcnemar, paired_bootstrap
 from foveate.tasks.evaluate import load_records
 from foveate.world import SKILLS
@@ -172,6 +173,10 @@ def test_the_same_answer_alone_and_in_a_batch(vlm):
 def test_a_recipe_is_applied_and_named(vlm):
     result = evaluate(vlm, "world/shape", limit=2, recipe="uniform(keep=0.5) + int8", progress=False)
     assert result["recipe"] == "uniform(keep=0.5) + int8" and not vlm.recipe
+    half = Recipe.parse("uniform(keep=0.5) + int8").apply(vlm, quiet=True)
+    result = evaluate(half, "world/shape", limit=2, reduce="fastv(keep=0.5, layer=1)", progress=False)
+    assert result["recipe"] == "int8 + fastv(keep=0.5, layer=1)"
+    assert evaluate(half, "world/shape", limit=2, reduce=Recipe(), progress=False)["recipe"] == "int8"
 
 
 def multiple_choice_file(tmp_path, rows):

@@ -48,7 +48,7 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("methods")
     group.add_argument("--recipe", metavar="R", help='text or file, for example "uniform(keep=0.5) + rtn(bits=4)"')
     group.add_argument(
-        "--reduce", metavar="R", help='token reduction of the requests, for example "fastervlm(keep=0.5)"'
+        "--reduce", metavar="R", help='token reductions of the requests, for example "fastervlm(keep=0.5)", or none'
     )
 
 
@@ -93,14 +93,13 @@ def parse_recipe(text: str | None) -> Any:
 
 
 def parse_reduce(text: str | None) -> Any:
-    """The one reduction method that `text` names, or None. Raises RecipeError, and InputError for another socket."""
+    """A Recipe of the reductions that `text` names ("none": of nothing), or None. Raises RecipeError, and InputError
+    for a method of another socket."""
     recipe = parse_recipe(text)
-    if recipe is None:
-        return None
-    methods = list(recipe)
-    if len(methods) != 1 or methods[0].socket != "reduce":
-        raise InputError(f"--reduce {text!r} must be one token reduction; give other methods with --recipe")
-    return methods[0]
+    wrong = next((method for method in recipe or () if method.socket != "reduce"), None)
+    if wrong:
+        raise InputError(f"--reduce takes token reductions, and {wrong.name} is a {wrong.socket} method; use --recipe")
+    return recipe
 
 
 def print_json(data: Any) -> None:

@@ -105,9 +105,10 @@ def _shows_clips(item: Item) -> bool:
 
 
 def recipe_text(vlm: VLM, reduce: Any = None) -> str | None:
-    """The recipe of the model and the reduction of the request as one line, or None when there is neither."""
-    parts = [part.text() if hasattr(part, "text") else str(part) for part in (vlm.recipe, reduce) if part]
-    return " + ".join(part for part in parts if part) or None
+    """What acts as one line, or None: the model's recipe, its reductions replaced by those of the requests."""
+    kept = [method for method in vlm.recipe or () if reduce is None or method.socket != "reduce"]
+    parts = [part.text() if hasattr(part, "text") else str(part) for part in (*kept, reduce) if part is not None]
+    return " + ".join(part for part in parts if part and part != "none") or None
 
 
 def _tasks(tasks: Sequence[str | Task], data_dir: str | Path | None) -> tuple[list[Task], Path | None]:
