@@ -29,6 +29,18 @@ def test_panels_of_a_clip_show_their_own_frames() -> None:
     assert middles == [40, 120, 200]
 
 
+def test_all_frames_of_a_long_clip_can_be_shown_in_lines() -> None:
+    spec = family_spec("internvl", **SMALL, num_frames=20)
+    clip = [Image.new("RGB", (40, 40), (10 * frame, 0, 0)) for frame in range(20)]
+    made = plan(_message("video", clip), spec, tokenizer_of(spec))
+    few = kept_picture(made, spec, layout(made), None, side=64)
+    assert few.size == (8 * 32 + 7 * GAP, 32)
+    sheet = np.asarray(kept_picture(made, spec, layout(made), None, side=64, max_panels=None))
+    assert sheet.shape[:2] == (3 * 32 + 2 * GAP, 8 * 32 + 7 * GAP)
+    shades = [sheet[line * (32 + GAP) + 10, i * (32 + GAP) + 10, 0] for line in range(3) for i in range(8)]
+    assert shades[:20] == [10 * frame for frame in range(20)]
+
+
 def test_a_cut_out_is_shown_as_it_is_seen() -> None:
     spec = family_spec("llava", **SMALL, edge=56)
     wide = Image.new("RGB", (120, 40), (255, 0, 0))

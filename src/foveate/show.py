@@ -24,6 +24,8 @@ VEIL, FADE = (62, 76, 90), 0.84
 """What a dropped token is covered with, and how much: not white, which pictures of documents are themselves."""
 GAP = 6
 """Pixels between the panels of a strip."""
+COLUMNS = 8
+"""Panels in a line, and by default of one clip."""
 
 
 def draw_grid(picture: Image.Image, kept: np.ndarray, side: int = 256) -> Image.Image:
@@ -52,16 +54,21 @@ def draw_grid(picture: Image.Image, kept: np.ndarray, side: int = 256) -> Image.
     return image
 
 
-def strip(panels: Sequence[Image.Image]) -> Image.Image:
-    """The panels beside each other on white, aligned at the top."""
+def strip(panels: Sequence[Image.Image], columns: int = COLUMNS) -> Image.Image:
+    """The panels beside each other on white, aligned at the top, `columns` of them in a line."""
     from PIL import Image
 
-    width = sum(panel.width for panel in panels) + GAP * (len(panels) - 1)
-    sheet = Image.new("RGB", (width, max(panel.height for panel in panels)), "white")
-    left = 0
-    for panel in panels:
-        sheet.paste(panel, (left, 0))
-        left += panel.width + GAP
+    lines = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    widths = [sum(panel.width for panel in line) + GAP * (len(line) - 1) for line in lines]
+    heights = [max(panel.height for panel in line) for line in lines]
+    sheet = Image.new("RGB", (max(widths), sum(heights) + GAP * (len(lines) - 1)), "white")
+    top = 0
+    for line, height in zip(lines, heights):
+        left = 0
+        for panel in line:
+            sheet.paste(panel, (left, top))
+            left += panel.width + GAP
+        top += height + GAP
     return sheet
 
 
@@ -100,17 +107,17 @@ def kept_strip(
     kept: Any,
     *,
     side: int = 256,
-    max_panels: int = 8,
+    max_panels: int | None = COLUMNS,
 ) -> Image.Image:
     """All media of a request in one strip, each as the model sees it after a reduction.
 
     pictures: for each media item its picture, or the frames that were sampled of a clip; a group of frames is drawn
-    over its first one. max_panels: of a long clip, that many groups at even distances are shown.
+    over its first one. max_panels: of a long clip, that many groups at even distances are shown; None: all.
     """
     panels = []
     for index, own in enumerate(pictures):
         found = grids(layout, kept, index)
-        if len(found) > max_panels:
+        if max_panels and len(found) > max_panels:
             found = [found[round(i * (len(found) - 1) / (max_panels - 1))] for i in range(max_panels)]
         for frame, cells in found:
             at = min(max(frame, 0), len(own) - 1)

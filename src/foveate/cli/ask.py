@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if args.show:
         plan = vlm.plan(user_message(media, question), num_frames=args.frames)
         with new_file(args.show) as path:
-            kept_picture(plan, vlm.spec, vlm.adapter.layout(plan), answer.kept).save(path)
+            kept_picture(plan, vlm.spec, vlm.adapter.layout(plan), answer.kept, max_panels=None).save(path)
     looks = _dominance(vlm, user_message(media, question), args) if args.dominance else None
     if args.json:
         result = {"answer": answer.text, "tokens": answer.tokens, "ms": answer.ms}
