@@ -293,6 +293,13 @@ def test_methods_json_has_the_promised_keys(run):
 
 
 def test_one_method_with_its_parameters_and_needs(run):
+    row = json.loads(run("methods", "framefusion", "--json")[1])
+    assert {"nvila", "llava", "qwen3_vl"} < set(row["families"]) and "llama" not in row["families"]
+    assert [limit.split(":")[0].split(",")[0] for limit in row["limits"]] == [
+        "made for clips",
+        "how many tokens stay is known only when the request is seen",
+        "keep is a fraction",
+    ]
     code, out, _ = run("methods", "fastv")
     assert code == 0 and "last_attention" in out and "layer" in out and "0.0625" in out and "must be given" in out
     row = json.loads(run("methods", "rtn", "--json")[1])

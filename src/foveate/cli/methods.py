@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 from foveate.cli.common import add_verb, print_json, print_table
+from foveate.errors import RecipeError
 
 SOCKETS = {
     "reduce": "fewer visual tokens",
@@ -46,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def details(name: str) -> dict[str, Any]:
-    """A row of `foveate methods --json` with "parameters" ({name: default}), "required" (their names) and "about".
+    """A row of `foveate methods --json` with "parameters" ({name: default}), "required" (their names), "about",
+    "limits" (lines) and "families" (names).
 
     Raises UnknownNameError.
     """
@@ -59,7 +61,40 @@ def details(name: str) -> dict[str, Any]:
     given = {key: list(value) if isinstance(value, tuple) else value for key, value in defaults.items()}
     row = next(row for row in methods() if row["name"] == name)
     parameters = given | dict.fromkeys(required)
-    return {**row, "parameters": parameters, "required": required, "about": inspect.getdoc(method) or ""}
+    more = {"about": inspect.getdoc(method) or "", "limits": limits(method), "families": families(method)}
+    return {**row, "parameters": parameters, "required": required, **more}
+
+
+def limits(method: Any) -> list[str]:
+    """What a reduction does not do, in words; none for other sockets."""
+    if method.socket != "reduce":
+        return []
+    found = []
+    if "clip" in method.summary:
+        found.append("made for clips: a picture is a clip of one frame")
+    if method.exact is False:
+        found.append("how many tokens stay is known only when the request is seen")
+    try:
+        method(keep=1)
+    except RecipeError:
+        found.append("keep is a fraction, not a number of tokens")
+    if any("cls_" in need for need in method.signals):
+        found.append("on a tower without CLS, attention that a patch receives takes the place of what CLS attends to")
+    if method.sites[0] in ("encoder", "post_encoder"):
+        found.append(f"acts at {method.sites[0]} where the family allows it, else at the next place that is named")
+    return found
+
+
+def families(method: Any) -> list[str]:
+    """The families that a method works on, as far as its class can tell; reductions need one that sees."""
+    from foveate.adapters import ADAPTERS
+    from foveate.adapters.text import TextAdapter
+
+    if method.adapters != ("*",):
+        return list(method.adapters)
+    classes = [ADAPTERS.get(name) for name in ADAPTERS]
+    blind = method.socket == "reduce"
+    return sorted({cls.family for cls in classes if not (blind and issubclass(cls, TextAdapter))})
 
 
 def show(row: dict[str, Any]) -> None:
@@ -72,8 +107,10 @@ def show(row: dict[str, Any]) -> None:
         print(f"acts: {', '.join(row['sites'])}")
     if row["signals"]:
         print(f"needs: {', '.join(' or '.join(need.split('|')) for need in row['signals'])}")
-    every = row["adapters"] == ["*"]
-    print(f"families: {'all that give what it needs' if every else ', '.join(row['adapters'])}")
+    every = "all: " if row["adapters"] == ["*"] else ""
+    print(f"families: {every}{', '.join(row['families'])}")
+    for limit in row["limits"]:
+        print(f"limit: {limit}")
     rows = [
         [key, "must be given" if key in row["required"] else format_value(value)]
         for key, value in row["parameters"].items()

@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 class DyCoke(Reducer):
     """One frame of four whole, of the others what differs most from the frame that they are compared with.
 
-    decode, layer, similarity: the second stage, see above; layer is an index, or a fraction of the depth.
+    decode, layer, similarity: the second stage. While answering, layers from `layer` on (an index, or a fraction of the
+    depth) attend to that share of the visual tokens only, chosen anew when attention has moved (cosine below
+    `similarity`). strict: which frames are cut, and the order of their tokens, as the paper or as its code has it.
     """
 
     decode: float = 1.0

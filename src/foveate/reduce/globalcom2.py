@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 class GlobalCom2(Reducer):
     """Top tokens of thumbnail and crops, more of the crops that the thumbnail attends to.
 
-    temperature: of the softmax over crops; small values favour few crops.
+    temperature: of the softmax over crops; small values favour few crops. strict: the budget to the token, in raster
+    order (paper), or truncated, the thumbnail by score (code).
     """
 
     temperature: float = 10.0

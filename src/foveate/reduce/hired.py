@@ -35,7 +35,8 @@ class HiRED(Reducer):
     """Top tokens by last-layer attention, as many in each tile as the whole picture's first layer gives it.
 
     alpha: the whole picture's share of the budget. A picture of one view, or whose views do not include the whole
-    picture, gives each view its share by size.
+    picture, gives each view its share by size. strict: tiles share by summed attention, to the token (paper), or by
+    votes and truncated (code).
     """
 
     alpha: float = 0.5

@@ -38,6 +38,7 @@ class PruMerge(Reducer):
     """Tokens of each view with outstanding attention, neighbours merged in; `keep` counts the token of the rest too.
 
     plus: a half of the selected tokens at equal steps instead. adaptive: only outliers are selected, `keep` at most.
+    strict: neighbours are pruned tokens, and averaged (paper), or any tokens, and added (code).
     """
 
     plus: bool = False

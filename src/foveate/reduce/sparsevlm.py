@@ -48,9 +48,10 @@ class SparseVLM(Reducer):
     """Three stages rated by the text.
 
     keep: the mean over the layers of LLaVA-1.5 that the published tables are named after, as a fraction of the visual
-    tokens or as a number; 1.0 keeps all. version: see above. layers: the first that see fewer tokens, one for each
-    stage; the paper's are 3, 7 and 16 of 32. heads, prior: of version 2 only; how many heads are looked at, and whether
-    attention is divided by the rotary embedding's own part.
+    tokens or as a number; 1.0 keeps all. version: v1 appends means of what it dropped and renumbers, v2 drops only and
+    keeps positions. layers: the first that see fewer tokens, one for each stage; the paper's are 3, 7 and 16 of 32.
+    heads, prior: of version 2 only; how many heads are looked at, and whether attention is divided by the rotary
+    embedding's own part.
     """
 
     version: Literal["v1", "v2"] = "v1"

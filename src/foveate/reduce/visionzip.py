@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 class VisionZip(Reducer):
     """Dominant tokens of each view, and contextual ones that the rest is merged into.
 
-    contextual: share of the kept tokens that gather others (10 of 64 in the paper).
+    contextual: share of the kept tokens that gather others (10 of 64 in the paper). strict: a contextual token is the
+    mean of all that it gathers (paper), or itself plus the mean of the others (code).
     """
 
     contextual: float = 10 / 64
