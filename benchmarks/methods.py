@@ -82,6 +82,8 @@ def row(scores: np.ndarray, dense: np.ndarray, random: np.ndarray | None, tasks:
             "high": round(high, 4),
             "against_dense": delta(scores[mine], dense[mine], [name] * n),
         }
+        if random is not None:
+            by_task[name]["against_random"] = delta(scores[mine], random[mine], [name] * n)
     found = {"mean": round(float(np.mean([r["accuracy"] for r in by_task.values()])), 4), "tasks": by_task}
     found["paired"] = delta(scores, dense, tasks)
     if random is not None:
