@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from foveate.errors import RecipeError, UnsupportedError
 from foveate.recipe import Recipe
 from foveate.reduce.base import Reduction, Scorer, evenly, tokens_per_layer, top_k
 from foveate.reduce.fastervlm import FasterVLM
+from foveate.reduce.fastv import FastV
 from foveate.reduce.random import Random
 from foveate.reduce.uniform import Uniform, grid
 from foveate.runtime import Clock, request_key, select
@@ -310,6 +313,11 @@ def test_a_method_without_its_signal_or_site_says_what_to_use(models):
 
     with pytest.raises(UnsupportedError, match=r"moon_phase.*try 'uniform'"):
         Unmet(keep=0.5).check(models["nvila"])
+    shape = models["nvila"].adapter.shape
+    with pytest.raises(UnsupportedError, match=r"this one has 1; use .*'uniform'"):
+        FastV(keep=0.5).steps(replace(shape, layers=1))
+    with pytest.raises(UnsupportedError, match=r"text only.*'int8'"):
+        Uniform(keep=0.5).steps(replace(shape, sites=("cache",)))
     with (
         pytest.raises(UnsupportedError, match=r"site beneath.*post_projector"),
         Elsewhere(keep=0.5).attach(models["nvila"]),

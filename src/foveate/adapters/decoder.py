@@ -32,7 +32,8 @@ def check_layers(layers: nn.ModuleList, config: Any, method: str) -> None:
     if kinds != {"full_attention"}:
         raise UnsupportedError(
             f"{method} drops tokens inside the language model, which needs full attention in every layer; this one has "
-            f"{', '.join(sorted(kinds - {'full_attention'}))}. Use a method at site 'post_projector'"
+            f"{', '.join(sorted(kinds - {'full_attention'}))}. Use a method at site 'post_projector', such as "
+            f"'uniform' or 'divprune'"
         )
     for name in ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"):
         module: Any = layers[0]
@@ -41,7 +42,7 @@ def check_layers(layers: nn.ModuleList, config: Any, method: str) -> None:
         if module is None:
             raise UnsupportedError(
                 f"{method} acts inside the language model, whose layers have no {name}; use a method at site "
-                f"'post_projector'"
+                f"'post_projector', such as 'uniform' or 'divprune'"
             )
 
 

@@ -32,6 +32,8 @@ class Shape:
 
     def unserved(self, name: str, sites: Iterable[str]) -> str:
         """One line for method `name`, none of whose `sites` is served: why, and what to use instead."""
+        if "post_projector" not in self.sites:
+            return f"{name} reduces visual tokens; this model takes text only and has none. Use a cache method ('int8')"
         why = f" ({self.no_encoder})" if self.no_encoder and "encoder" in sites else ""
         return (
             f"{name} acts at site {' or '.join(sites)}, which this model does not serve{why}; it serves "

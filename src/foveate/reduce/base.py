@@ -252,7 +252,10 @@ def layer_index(value: float | int, depth: int, method: str, name: str = "layer"
     Both lie in 1 .. depth - 1, a fraction is rounded and clamped there. Raises RecipeError for an index outside.
     """
     if depth < 2:
-        raise UnsupportedError(f"{method} drops tokens between layers, but the model has {depth}")
+        raise UnsupportedError(
+            f"{method} drops tokens between layers of the language model, and this one has {depth}; use a method at "
+            f"site 'post_projector', such as 'uniform' or 'divprune'"
+        )
     if isinstance(value, int):
         if not 1 <= value < depth:
             raise RecipeError(
