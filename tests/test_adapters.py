@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from families import FAMILIES, picture, tiny
+from foveate.adapters.tower import capture
 from foveate.data.execute import Inputs, normalise
 from foveate.data.plan import Plan
 from foveate.errors import UnsupportedError
@@ -134,6 +135,12 @@ def test_signals_are_those_of_the_tower(family: str, block: int):
     attention, first = out.attentions[index].float(), int(adapter.has_cls)
     check = {"received_attention": attention.mean(dim=2)[:, :, first:].transpose(1, 2)}
     check["hidden"] = out.hidden_states[index + 1][:, first:]
+    facts = adapter.attention_of(adapter.blocks[index])
+    with capture({"q": facts.q, "k": facts.k}) as seen:
+        reference(vlm, inputs)
+    query, key = (seen[name][0].unflatten(-1, (facts.heads, -1)) for name in "qk")
+    logits = torch.einsum("vhd,vphd->vph", query[:, first:].mean(dim=1), key) * facts.scale
+    check["mean_query_attention"] = logits.softmax(dim=1)[:, first:]
     if adapter.has_cls:
         check["cls_attention"] = attention[:, :, 0, 1:].transpose(1, 2)
     for name, values in check.items():
@@ -183,7 +190,7 @@ def test_qwen_signals_are_those_of_the_tower(family: str):
         ),
         block.register_forward_hook(lambda m, a, o: seen.update(hidden=o)),
     ]
-    names = ["received_attention@1", "keys@1", "values@1", "hidden@1"]
+    names = ["received_attention@1", "mean_query_attention@1", "keys@1", "values@1", "hidden@1"]
     (encoded,) = adapter.encode([inputs], [plan], names)
     for handle in handles:
         handle.remove()
@@ -193,7 +200,8 @@ def test_qwen_signals_are_those_of_the_tower(family: str):
     turn = lambda x: torch.cat([-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]], dim=-1)  # noqa: E731
     rq, rk = (x * cos + turn(x) * sin for x in (q, k))
     weights = (torch.einsum("qhd,khd->hqk", rq, rk) * q.shape[-1] ** -0.5).softmax(-1)
-    check = [weights.mean(dim=1).T, k.flatten(1), v.flatten(1), seen["hidden"]]
+    mean = (torch.einsum("hd,khd->kh", rq.mean(dim=0), rk) * q.shape[-1] ** -0.5).softmax(0)
+    check = [weights.mean(dim=1).T, mean, k.flatten(1), v.flatten(1), seen["hidden"]]
     for name, values in zip(names, check):
         torch.testing.assert_close(encoded.signals[name], values.reshape(count // 4, 4, -1).mean(dim=1))
 
@@ -225,3 +233,16 @@ def test_tower_in_pieces_gives_the_patches(family: str):
     index = adapter.view_index(plan)
     (encoded,) = adapter.encode([inputs], [plan], stop="post_encoder")
     torch.testing.assert_close(adapter.tower_finish(hidden)[index[:, 0], index[:, 1]], encoded.features)
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_the_mean_query_is_that_of_one_picture(family: str):
+    """Whatever else passes the tower beside it."""
+    vlm = tiny(family)
+    first, second = picture(0, 32, 16), picture(1, 16, 32)
+    found = {}
+    for name, pictures in {"alone": [first], "both": [first, second]}.items():
+        plan = vlm.plan(Request("What?", pictures).to_messages())
+        (encoded,) = vlm.adapter.encode([vlm.prepare(plan)], [plan], ["mean_query_attention@1"])
+        found[name] = encoded.signals["mean_query_attention@1"]
+    torch.testing.assert_close(found["both"][: len(found["alone"])], found["alone"])

@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
+from foveate.adapters.presets import describe
 from foveate.bench.cost import Effect, ModelShape, Request, estimate, flops, kv_bytes, weights
 from foveate.bench.counts import request_of_sizes
 from foveate.bench.device import Device, devices
@@ -22,6 +23,8 @@ from foveate.nvila.presets import PRESETS, build
 from foveate.recipe import Recipe
 from foveate.reduce.fastervlm import FasterVLM
 from foveate.reduce.fastv import FastV
+from foveate.reduce.flowcut import FlowCut
+from foveate.reduce.hired import HiRED
 from foveate.reduce.pyramiddrop import PyramidDrop
 from foveate.reduce.uniform import Uniform
 from foveate.weights.base import module_bytes
@@ -159,6 +162,16 @@ def test_selection_costs_what_its_signal_costs():
     assert Effect((Uniform(keep=0.5),)).selection_flops(shape, request) == 0
     extra = Effect((FasterVLM(keep=0.5),)).selection_flops(shape, request)
     assert extra == request.views * 2 * 64 * 64 * 96
+    assert Effect((HiRED(keep=0.5),)).selection_flops(shape, request) == 2 * extra  # the first block and the last
+    assert Effect((FlowCut(keep=0.5),)).selection_flops(shape, request) == 0  # one query for each view
+
+
+@pytest.mark.parametrize("method", [FasterVLM(keep=0.5), HiRED(keep=0.5)])
+def test_where_there_is_a_cls_token_no_map_is_made(method):
+    _, config, spec = describe("llava-1.5-7b")
+    shape = ModelShape.from_config(config, spec)
+    request = request_of_sizes(spec, shape, images=[(336, 336)], text=8)
+    assert Effect((method,)).selection_flops(shape, request) == 0
 
 
 def test_methods_inside_the_language_model_cost_their_rows_and_save_by_layer():

@@ -240,7 +240,7 @@ def test_the_request_key_follows_prompt_and_pixels(models):
     assert len({key("what?", PICTURE), key("who?", PICTURE), key("what?", OTHER)}) == 3
 
 
-def test_received_attention_is_that_of_the_layer():
+def test_attention_of_all_queries_and_of_their_mean_is_that_of_the_layer():
     """Against the eager attention of SigLIP itself, in the layer whose output is used."""
     vlm = foveate.load(goldens_dir("nvila") / "video" / "ckpt", device="cpu", attn="eager")
     plan = vlm.plan(Request("what?", [PICTURE, OTHER]).to_messages())
@@ -248,13 +248,34 @@ def test_received_attention_is_that_of_the_layer():
     weights: list[torch.Tensor] = []
     model = vlm.model
     layers = model.vision_tower.encoder.layers[: model.config.num_vision_layers]
-    handle = layers[-1].self_attn.register_forward_hook(lambda m, a, out: weights.append(out[1]))
+    normed: list[torch.Tensor] = []
+    handles = [
+        layers[-1].self_attn.register_forward_hook(lambda m, a, out: weights.append(out[1])),
+        layers[-1].layer_norm1.register_forward_hook(lambda m, a, out: normed.append(out)),
+    ]
     with torch.inference_mode():
         model.tower(inputs.pixel_values)
-        handle.remove()
-        found = vlm.adapter.encode([inputs], [plan], {"received_attention"})[0].signals["received_attention"]
+        for handle in handles:
+            handle.remove()
+        names = {"received_attention", "mean_query_attention", "mean_query_attention@-1"}
+        found = vlm.adapter.encode([inputs], [plan], names)[0].signals
+        attention = layers[-1].self_attn
+        states = [project(normed[0]).unflatten(-1, (attention.num_heads, -1)) for project in _query_key(attention)]
     maps = weights[0].mean(dim=(1, 2))  # [views, P]: mean over heads and queries
-    spec = vlm.spec
+    torch.testing.assert_close(found["received_attention"], _of_cells(maps, vlm.spec))
+    logits = torch.einsum("vhd,vphd->vph", states[0].mean(dim=1), states[1]) * attention.scale
+    shares = logits.softmax(dim=1)
+    heads = torch.stack([_of_cells(shares[..., head], vlm.spec) for head in range(attention.num_heads)], dim=1)
+    torch.testing.assert_close(found["mean_query_attention@-1"], heads)
+    torch.testing.assert_close(found["mean_query_attention"], heads.mean(dim=1))
+
+
+def _query_key(attention):
+    return attention.q_proj, attention.k_proj
+
+
+def _of_cells(maps, spec):
+    """Maps [2, P] of two pictures -> the means of the cells that become tokens."""
     cells = maps.view(2, spec.side, spec.side)
     expected = [
         cells[v, r : r + spec.downsample, c : c + spec.downsample].mean()
@@ -262,7 +283,7 @@ def test_received_attention_is_that_of_the_layer():
         for r in range(0, spec.side, spec.downsample)
         for c in range(0, spec.side, spec.downsample)
     ]
-    torch.testing.assert_close(found, torch.stack(expected))
+    return torch.stack(expected)
 
 
 def test_received_attention_is_the_same_in_small_pieces():
@@ -270,6 +291,23 @@ def test_received_attention_is_the_same_in_small_pieces():
     whole = received(query, key, 2, 0.5)
     torch.testing.assert_close(received(query, key, 2, 0.5, limit=1), whole)
     torch.testing.assert_close(whole.sum(dim=1), torch.ones(5, 2))
+
+
+@pytest.mark.parametrize("size", [0.1, 3.0, 30.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_received_attention_of_logits_of_any_size(size, dtype):
+    """Also where a power of two of a logit is beyond float32, above or below."""
+    query, key = (size * torch.randn(2, 9, 8) for _ in range(2))
+    query[0] -= size  # one sequence whose logits are mostly of one sign
+    query, key = query.to(dtype), key.to(dtype)
+    q, k = (x.float().unflatten(-1, (2, -1)).transpose(1, 2) for x in (query, key))
+    expected = (q @ k.transpose(-1, -2) * 0.5).softmax(dim=-1).mean(dim=2).transpose(1, 2)
+    found = received(query, key, 2, 0.5)
+    assert found.isfinite().all()
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    else:  # logits are bfloat16 there, as in the tower itself
+        assert (found - expected).abs().mean() < 0.05
 
 
 def test_the_most_attended_patch_is_the_token_at_its_place(models):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 
 from families import clip, picture, tiny
+from foveate.adapters.shape import steps_of
+from foveate.encoder_site import encode_reduced
 from foveate.errors import RecipeError, UnsupportedError
 from foveate.reduce.base import Reducer, Reduction, tokens_per_layer, top_k
 from foveate.registry import METHODS
+from foveate.runtime import encode
 from foveate.vlm import Request
 from reduce_oracle import rows_of
 
@@ -207,3 +211,67 @@ def test_a_tower_whose_tokens_cannot_leave_says_why_and_what_to_use(family, why)
 def test_a_block_that_there_is_not():
     with pytest.raises(RecipeError, match="block 7 of the encoder"):
         Between(keep=0.5, block=7).check(tiny("llava"))
+
+
+@dataclass(frozen=True)
+class Watching(Between):
+    """Writes down what it is told, and keeps the tokens whose first key is largest."""
+
+    name: ClassVar[str] = "watching"
+
+    def select(self, signals, layout):
+        SEEN.append({"where": self.where, "layout": layout, **signals})
+        return Reduction(top_k(signals["keys"][:, 0], self.count(len(layout))))
+
+    def steps(self, shape):
+        return (self.step("encoder", self.select, layer=self.block, signals=("keys", "hidden"), where=self.where),)
+
+
+SEEN: list = []
+
+
+@torch.inference_mode()
+def test_steps_of_one_block_come_in_turn_and_are_told_what_is_left():
+    """Between attention and MLP first, whichever was named first; states are those at that place."""
+    vlm = tiny("llava")
+    adapter = vlm.adapter
+    plan = vlm.plan(Request("what?", MEDIA["one"]).to_messages())
+    states = adapter.tower_embed(vlm.prepare(plan), plan)
+    half = adapter.attend(adapter.blocks[0], states)
+    late, early = Watching(keep=3), Watching(keep=8, where="mid")
+    SEEN.clear()
+    (encoded,) = encode(adapter, [plan], [vlm.prepare(plan)], [steps_of((late, early), adapter.shape)])
+    first, second = SEEN
+    assert (first["where"], second["where"]) == ("mid", "output")
+    torch.testing.assert_close(first["hidden"], half[0, 1:])
+    kept = top_k(first["keys"][:, 0], 8)
+    torch.testing.assert_close(second["keys"], first["keys"][kept])
+    assert second["layout"].position.tolist() == first["layout"].position[kept].tolist()
+    left = half[:, torch.cat([torch.tensor([0]), kept + 1])]
+    torch.testing.assert_close(second["hidden"], adapter.feed(adapter.blocks[0], left)[0, 1:])
+    assert encoded.layout.position.tolist() == second["layout"].position[top_k(second["keys"][:, 0], 3)].tolist()
+
+
+@torch.inference_mode()
+def test_states_for_later_sites_are_those_that_leave_the_block():
+    vlm = tiny("llava")
+    adapter = vlm.adapter
+    plan = vlm.plan(Request("what?", MEDIA["one"]).to_messages())
+    inputs = vlm.prepare(plan)
+    keep = Between(keep=1.0, where="mid")
+    (found,) = (encode_reduced(adapter, inputs, plan, keep.steps(adapter.shape), {"hidden@0", "values@0"}),)
+    (dense,) = adapter.encode([inputs], [plan], {"hidden@0", "values@0"})
+    for name in ("hidden@0", "values@0"):
+        torch.testing.assert_close(found.signals[name], dense.signals[name])
+
+
+def test_the_connector_is_no_part_of_the_time_of_selecting():
+    """Behind the encoder it comes after the choice, but is the tower's."""
+    vlm = tiny("llava")
+    seen, connect = [], vlm.adapter.connect
+    vlm.adapter.connect = lambda features: (time.sleep(0.2), seen.append(len(features)), connect(features))[2]
+    try:
+        answer = vlm.respond(Request("what?", MEDIA["one"], reduce="visionzip(keep=0.5)"), 1)
+    finally:
+        del vlm.adapter.connect
+    assert seen and answer.ms["select"] < 150 < answer.ms["encode"]

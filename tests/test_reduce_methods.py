@@ -160,8 +160,11 @@ def test_every_token_lives_on_in_exactly_one(variant):
     layout = LAYOUTS["tiled"]
     sizes = torch.randint(1, 4, (len(layout),), generator=torch.Generator().manual_seed(1)).float()
     layout = dataclasses.replace(layout, size=sizes)
-    weights = dense(chosen(VARIANTS[variant](keep=0.3), layout), len(layout))
+    reduction = chosen(VARIANTS[variant](keep=0.3), layout)
+    weights = dense(reduction, len(layout))
     assert torch.equal((weights > 0).sum(dim=0), torch.ones(len(layout), dtype=torch.int64))
+    own = weights[torch.arange(len(weights)), reduction.keep]
+    assert float(own.min()) > 0, "a token stands at the place of one that went into it"
     for row in weights:  # weighted by what each token already stands for
         members = row > 0
         torch.testing.assert_close(row[members], sizes[members] / sizes[members].sum())

@@ -69,7 +69,7 @@ def test_a_block_merges_its_share_and_the_last_one_what_is_left():
     for block, expected in enumerate((43, 32, 21, 10)):
         reduction = method.select_in_block({"keys": keys}, layout, block, 4, heads=4)
         assert len(reduction.keep) == expected
-        size = (reduction.weights > 0).float() @ layout.size
+        size = (reduction.weights.to_dense() > 0).float() @ layout.size
         layout = dataclasses.replace(layout[reduction.keep], size=size)
         keys = reduction.weights @ keys
     assert float(layout.size.sum()) == 54

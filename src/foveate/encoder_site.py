@@ -8,16 +8,17 @@ method. Views that have kept equally many states run together.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from foveate.adapters.base import Encoded
 from foveate.adapters.layout import VisualLayout
-from foveate.adapters.tower import States, asked, capture, measure
+from foveate.adapters.tower import AVERAGED, OF_PATCHES, PER_VIEW, Asked, Attention, States, asked, capture, measure
 from foveate.clock import charge
 from foveate.method import signal_for
 
@@ -26,41 +27,103 @@ if TYPE_CHECKING:
     from foveate.data.plan import Plan
     from foveate.reduce.base import Reduction, Step
 
+Groups = list[list[int]]
+"""Views that have equally many states, by their numbers."""
+
 
 @dataclass
-class View:
-    """One encoded view: states [T, C], the places [n, r] of its tokens' patches among them, the tokens' numbers [n]
-    among the request's features, where they come from, and signals of blocks that have run, [n, ...] each."""
+class Views:
+    """The encoded views of one request, one after the other, so that tokens of all of them leave at once.
+
+    hidden: states [R, C], `lengths[v]` of view v, of which the first `first` are CLS. places: [n, r] rows of `hidden`
+    where each token's patches are; numbers: [n] which of the request's features it is; layout: where it comes from;
+    `counts[v]` of the n are of view v. signals: what steps after the encoder are told, [n, ...] each, or [V, ...] those
+    of CLS itself.
+    """
 
     hidden: Tensor
+    lengths: list[int]
+    first: int
     places: Tensor
     numbers: Tensor
     layout: VisualLayout
+    counts: list[int]
     signals: dict[str, Tensor] = field(default_factory=dict)
 
-    def reduce(self, reduction: Reduction) -> None:
-        """Let tokens go; they stay in the order of their places."""
-        if not reduction.changes(len(self.places)):
-            return
-        keep = reduction.keep.cpu()
-        cells = self.hidden[self.places.to(self.hidden.device)]  # [n, r, C]
-        merged = reduction.apply(cells.flatten(1))
-        stays = torch.ones(len(self.hidden), dtype=torch.bool)
+    def run(self, block: Callable[[Tensor], Tensor]) -> Groups:
+        """Change the states by `block` [m, T, C] -> [m, T', C], a group of m views at a time; returns the groups."""
+        lengths = sorted(set(self.lengths))
+        groups = [[view for view, own in enumerate(self.lengths) if own == length] for length in lengths]
+        if len(groups) == 1:
+            stacked = [self.hidden.unflatten(0, (-1, lengths[0]))]
+        else:
+            parts = self.hidden.split(self.lengths)
+            stacked = [torch.stack([parts[view] for view in group]) for group in groups]
+        self.hidden = in_order(map(block, stacked), groups)
+        return groups
+
+    def rows(self, without_cls: bool = False) -> Tensor:
+        """[n, r] rows of each token's patches among all states, or among those that are not CLS."""
+        if not (self.first and without_cls):
+            return self.places
+        owner = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+        return self.places - self.first * (owner + 1)[:, None]
+
+    def choose(self, step: Step, told: dict[str, Tensor]) -> list[Reduction]:
+        """What a step makes of each view. told: its signals of all tokens."""
+        of_view = {name for name in told if _kind(name) in PER_VIEW}
+        parts = {name: value if name in of_view else value.split(self.counts) for name, value in told.items()}
+        return [
+            step.select({name: part[view] for name, part in parts.items()}, own)
+            for view, own in enumerate(self.layout.split(self.counts))
+        ]
+
+    def leave(self, reductions: Sequence[Reduction]) -> Tensor | None:
+        """Reduce the tokens of each view; they stay in the order of their places. Returns [K] which stay, or None when
+        nothing changes."""
+        if not any(reduction.changes(count) for reduction, count in zip(reductions, self.counts)):
+            return None
+        kept, entries, start = [], [], 0
+        for reduction, count in zip(reductions, self.counts):
+            kept.append(reduction.keep.cpu() + start)
+            if reduction.weights is not None:
+                row, column, share = reduction.entries()
+                entries.append((kept[-1][row], column + start, share))
+            start += count
+        chosen = torch.zeros(start, dtype=torch.bool)
+        chosen[torch.cat(kept)] = True
+        keep, before, size = chosen.nonzero()[:, 0], self.hidden, self.layout.size
+        stays = torch.ones(len(before), dtype=torch.bool)
         stays[self.places] = False
-        stays[self.places[keep]] = True
-        hidden = self.hidden.clone()
-        hidden[self.places[keep].to(hidden.device)] = merged.view(-1, *cells.shape[1:])
-        self.hidden = hidden[stays.to(hidden.device)]
-        order = keep.argsort()
-        keep = keep[order]
-        size = self.layout.size
+        places = self.places.index_select(0, keep)
+        stays[places] = True
+        self.hidden = before.index_select(0, stays.nonzero()[:, 0].to(before.device))
         self.layout = self.layout[keep]
-        if reduction.weights is not None:
-            weights = reduction.weights.to_dense() if reduction.weights.layout != torch.strided else reduction.weights
-            self.layout.size.copy_(((weights != 0).float().cpu() @ size)[order])
-        self.places = (stays.cumsum(0) - 1)[self.places[keep]]
-        self.numbers = self.numbers[keep]
-        self.signals = {name: value[keep.to(value.device)] for name, value in self.signals.items()}
+        places = (stays.cumsum(0) - 1)[places]
+        if entries:
+            place, column, share = map(torch.cat, zip(*entries))
+            # a block merges few tokens: those that stand for themselves alone are not computed anew
+            merged = torch.zeros(start, dtype=torch.bool)
+            merged[place[(column != place) | (share != 1)]] = True
+            several = merged[place]
+            column, share, target = column[several], share[several], (merged.cumsum(0) - 1)[place[several]]
+            merged = merged[keep]
+            gone = self.places.index_select(0, column).flatten().to(before.device)
+            cells = before.index_select(0, gone).unflatten(0, (len(column), -1)) * share[:, None, None].to(
+                before.device
+            )
+            means = cells.new_zeros(int(merged.sum()), *cells.shape[1:]).index_add_(0, target.to(cells.device), cells)
+            self.hidden[places[merged].to(before.device)] = means.to(before.dtype)
+            sizes = size.new_zeros(len(means)).index_add_(0, target, size[column])
+            self.layout = replace(self.layout, size=self.layout.size.masked_scatter(merged, sizes))
+        patches = self.places.shape[1]
+        self.lengths = [
+            length - patches * (count - len(stayed)) for length, count, stayed in zip(self.lengths, self.counts, kept)
+        ]
+        self.counts = [len(stayed) for stayed in kept]
+        self.places, self.numbers = places, self.numbers[keep]
+        self.signals = narrowed(self.signals, keep)
+        return keep
 
 
 def encode_reduced(
@@ -73,68 +136,98 @@ def encode_reduced(
     if not plan.media:
         return adapter.encode([inputs], [plan])[0]
     hidden = adapter.tower_embed(inputs, plan)
-    whole = adapter.layout(plan).features()
-    index = adapter.view_index(plan)
-    first = 1 if adapter.has_cls else 0
-    views = []
-    for number, states in enumerate(hidden):
-        mine = (index[:, 0] == number).nonzero().flatten()
-        mine = mine[index[mine, 1].argsort()]
-        views.append(View(states, adapter.cells[index[mine, 1]] + first, mine, whole[mine]))
+    count, length, _ = hidden.shape
+    index, first = adapter.view_index(plan), int(adapter.has_cls)
+    order = (index[:, 0] * length + index[:, 1]).argsort()
+    view, cell = index[order].unbind(dim=1)
+    views = Views(
+        hidden.flatten(0, 1),
+        [length] * count,
+        first,
+        adapter.cells[cell] + first + length * view[:, None],
+        order,
+        adapter.layout(plan).features()[order],
+        torch.bincount(view, minlength=count).tolist(),
+    )
     wanted = asked(signals, adapter.signals, adapter.num_blocks)
     for number, block in enumerate(adapter.blocks):
         here = [step for step in steps if step.layer == number]
         _run(adapter, block, views, here, [ask for ask in wanted if ask.block == number])
-    order = torch.cat([view.numbers for view in views]).argsort()
-    finished = [adapter.tower_finish(view.hidden[None])[0] for view in views]
-    features = torch.cat([states[_rows(view, first)].flatten(1) for states, view in zip(finished, views)])
-    layout = VisualLayout.join([view.layout for view in views])[order]
-    found = {ask.name: torch.cat([view.signals[ask.name] for view in views]) for ask in wanted}
-    where = order.to(features.device)
-    return Encoded(features[where], {name: value[where] for name, value in found.items()}, layout=layout)
+    views.run(adapter.tower_finish)
+    order = views.numbers.argsort()
+    features = views.hidden[views.rows(without_cls=True)[order].to(hidden.device)].flatten(1)
+    return Encoded(features, narrowed(views.signals, order), layout=views.layout[order])
 
 
-def _rows(view: View, first: int) -> Tensor:
-    return (view.places - first).to(view.hidden.device)
-
-
-def _run(adapter: Any, block: Any, views: list[View], steps: Sequence[Step], wanted: Sequence[Any]) -> None:
-    """One block for all views, then what leaves in it."""
-    named = {(step, name) for step in steps for need in step.signals if (name := signal_for(need, adapter.offers))}
+def _run(adapter: Any, block: Any, views: Views, steps: Sequence[Step], wanted: Sequence[Asked]) -> None:
+    """One block for all views, and what leaves in it."""
+    names = {name for step in steps for need in step.signals if (name := signal_for(need, adapter.offers))}
     facts = adapter.attention_of(block)
-    watched = {"q": facts.q, "k": facts.k, "v": facts.v} if named or wanted else {}
+    watched = {"q": facts.q, "k": facts.k, "v": facts.v} if names or wanted else {}
     mid = [step for step in steps if step.where == "mid"]
-    for length in sorted({len(view.hidden) for view in views}):
-        group = [view for view in views if len(view.hidden) == length]
-        entered = torch.stack([view.hidden for view in group])
-        with capture(watched) as seen:
-            states = adapter.attend(block, entered) if mid else adapter.run_block(block, entered)
-        for position, view in enumerate(group):
-            view.hidden = states[position]
-            if not watched:
-                continue
-            own = States(*(seen[name][0][position : position + 1] for name in "qkv"), states[position : position + 1])
+    with capture(watched) as seen:
+        groups = views.run(lambda hidden: adapter.attend(block, hidden) if mid else adapter.run_block(block, hidden))
+    states = [States(*found, hidden=None) for found in zip(*seen.values())]
+    told: dict[str, Tensor] = {}
+
+    def signal(kind: str, averaged: bool) -> Tensor:
+        return _signal(kind, averaged, views, states, groups, facts)
+
+    def act(some: Sequence[Step]) -> None:
+        nonlocal told
+        for step in some:
             with charge("select"):
-                signals = {name: _signal(adapter, name, own, view, facts) for _, name in named}
-                view.signals.update({ask.name: _signal(adapter, ask.name, own, view, facts, ask) for ask in wanted})
-                for step in steps:
-                    told = {name: value for name, value in signals.items() if (step, name) in named}
-                    view.reduce(step.select(told, view.layout))
+                own = [name for need in step.signals if (name := signal_for(need, adapter.offers))]
+                now = {name: told[name] if name in told else signal("hidden", False) for name in own}
+                keep = views.leave(views.choose(step, now))
+                told = told if keep is None else narrowed(told, keep)
+
+    with charge("select"):
+        told = {name: signal(_kind(name), _kind(name) in AVERAGED) for name in names if _kind(name) != "hidden"}
+        views.signals |= {ask.name: signal(ask.kind, ask.averaged) for ask in wanted if ask.kind != "hidden"}
     if mid:
-        for length in sorted({len(view.hidden) for view in views}):
-            group = [view for view in views if len(view.hidden) == length]
-            states = adapter.feed(block, torch.stack([view.hidden for view in group]))
-            for position, view in enumerate(group):
-                view.hidden = states[position]
+        act(mid)
+        views.run(lambda hidden: adapter.feed(block, hidden))
+    act([step for step in steps if step.where == "output"])
+    with charge("select"):
+        views.signals |= {ask.name: signal("hidden", False) for ask in wanted if ask.kind == "hidden"}
 
 
-def _signal(adapter: Any, name: str, states: States, view: View, facts: Any, ask: Any = None) -> Tensor:
-    """A signal of this block for the tokens of one view: [n, ...], the mean over a token's patches; or [heads * d] of
-    CLS itself."""
-    kind = name.partition("@")[0]
-    value = measure(kind, states, facts.heads, facts.scale, adapter.has_cls)[0]
-    if kind.startswith("cls_") and kind not in ("cls_attention", "cls_logits"):
-        return value
-    averaged = ask.averaged if ask is not None else kind in ("cls_attention", "received_attention")
-    value = value[_rows(view, 1 if adapter.has_cls else 0)].mean(dim=1)
+def _signal(
+    kind: str, averaged: bool, views: Views, states: Sequence[States], groups: Groups, facts: Attention
+) -> Tensor:
+    """A signal, float32, of a block whose queries, keys and values were caught as `states` of each group of views."""
+    if kind == "hidden":
+        return _mean(views.hidden, views.rows()).float()
+    if kind in OF_PATCHES:
+        return _mean(in_order([getattr(own, OF_PATCHES[kind]) for own in states], groups), views.rows()).float()
+    found = [measure(kind, own, facts.heads, facts.scale, bool(views.first)) for own in states]
+    if kind in PER_VIEW:
+        return in_order([value[:, None] for value in found], groups)
+    value = _mean(in_order(found, groups), views.rows(without_cls=True))
     return value.mean(dim=-1) if averaged else value
+
+
+def _mean(values: Tensor, rows: Tensor) -> Tensor:
+    """Means [n, ...] of the rows [n, r] of values [R, ...], in their dtype."""
+    rows = rows.to(values.device)
+    if rows.shape[1] == 1:
+        return values.index_select(0, rows[:, 0])
+    return F.embedding_bag(rows, values.flatten(1), mode="mean").unflatten(1, values.shape[1:])
+
+
+def in_order(parts: Iterable[Tensor], groups: Groups) -> Tensor:
+    """Values [m, T, ...] of groups of views -> [sum of T, ...], one view after the other."""
+    if len(groups) == 1:
+        return next(iter(parts)).flatten(0, 1)
+    found = {view: value for part, group in zip(parts, groups) for view, value in zip(group, part)}
+    return torch.cat([found[view] for view in sorted(found)])
+
+
+def narrowed(signals: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
+    """Signals of the tokens that stay; those of CLS itself are of views."""
+    return {name: value if _kind(name) in PER_VIEW else value[keep.to(value.device)] for name, value in signals.items()}
+
+
+def _kind(name: str) -> str:
+    return name.partition("@")[0]

@@ -186,7 +186,7 @@ class Ragged:
                     changed = True
                     visual = reduction.apply(own[view.visual]) if reduction.weights is not None else None
                     row.deep = [reduction.apply(part) for part in row.deep]
-                    own = own[row.take(reduction, step).to(device)]
+                    own = own.index_select(0, row.take(reduction, step).to(device))
                     if visual is not None:
                         own[row.where.to(device)] = visual.to(own.dtype)
             states.append(own)

@@ -110,7 +110,7 @@ class Row:
         sizes = self.layout.size
         self.layout = self.layout[keep]
         if reduction.weights is not None:
-            self.layout = replace(self.layout, size=_members(reduction.weights) @ sizes)
+            self.layout = replace(self.layout, size=reduction.sizes(sizes))
         self.where, self.origin = number[slots], self.origin[keep]
         self.breaks = number[self.breaks[stays[self.breaks]]]
         self.input_ids, self.positions = self.input_ids[gather], self.positions[..., gather]
@@ -173,12 +173,6 @@ class _Kept:
 
     keep: Tensor
     weights: None = None
-
-
-def _members(weights: Tensor) -> Tensor:
-    """[K, N] float32 on the CPU: 1 where a token goes into a merged one."""
-    dense = weights.to_dense() if weights.layout != torch.strided else weights
-    return (dense != 0).float().cpu()
 
 
 def narrowed(signals: dict[str, Tensor], reduction: Reduction) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from foveate.adapters.shape import INSIDE
-from foveate.clock import Clock
+from foveate.clock import Clock, charge
 from foveate.encoder_site import encode_reduced
 from foveate.errors import BudgetError, CheckpointError
 from foveate.method import signal_for
@@ -103,18 +103,24 @@ def select(adapter: Adapter, plan: Plan, encoded: Encoded, steps: Sequence[Step]
         row.narrow(encoded.layout, [step for step in steps if step.site == "encoder"][-1])
     for step in (step for step in steps if step.site not in (*INSIDE, "encoder") and row.visual):
         if step.site == "post_projector" and not connected:
-            row.features, connected = adapter.connect(row.features), True
+            _connect(adapter, row)
+            connected = True
             if "features" in signals:
                 signals["features"] = row.features
         reduction = step.select(signals, row.layout)
         row.cut(reduction, step)
         signals = narrowed(signals, reduction)
     if not connected:
-        row.features = adapter.connect(row.features)
+        _connect(adapter, row)
     row.key = encoded.signals.get("request_key")
     row.steps = tuple(step for step in steps if step.site in INSIDE) if row.kept else ()
     row.touched = row.touched or bool(row.steps)
     return row
+
+
+def _connect(adapter: Adapter, row: Row) -> None:
+    with charge("encode"):  # it is no part of selecting, though only what was selected passes
+        row.features = adapter.connect(row.features)
 
 
 def check_context(rows: Sequence[Row], adapter: Adapter, max_new_tokens: int) -> None:

@@ -33,7 +33,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
             level = media.levels[0]
             pooled = resize(values.unflatten(1, (side, side)), level.rows, level.cols).flatten(1, 2)
             rows = (where.view * level.rows + where.row) * level.cols + where.col
-            return pooled.flatten(0, 1)[rows.to(values.device)]
+            return pooled.flatten(0, 1).index_select(0, rows.to(values.device))
         if len(media.levels) == 1 or media.levels[1].rows * media.levels[1].cols == media.kept[2] * media.kept[3]:
             return super().gather(values, media, where)
         top, left, rows, cols = media.kept

@@ -7,8 +7,9 @@ the plan gives, cut with the tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ from foveate.adapters.compat import window_order
 from foveate.adapters.hf import PATCHES_PER_PASS, HfAdapter
 from foveate.adapters.layouts import mrope
 from foveate.adapters.sizes import Sizes
-from foveate.adapters.tower import Asked, Attention, asked, capture, received
+from foveate.adapters.tower import Asked, Attention, asked, capture, mean_query_attention, received
 from foveate.clock import charge
 from foveate.data.execute import normalise
 
@@ -164,18 +165,20 @@ class Qwen2VLAdapter(HfAdapter):
         order = window_order(self.tower, grids)
         back = None if order is None else torch.argsort(order)
         found = {}
+        sizes = [math.prod(item.grid) for item in items]
         for ask in wanted:
             with charge("select", ask.name):
-                value = self._measure(ask, seen)
+                value = self._measure(ask, seen, sizes)
                 value = value.unflatten(0, (-1, self.spec.downsample**2)).mean(dim=1)
                 found[ask.name] = value if back is None else value[back]
         return output.pooler_output, list(getattr(output, "deepstack_features", ())), found
 
-    def _measure(self, ask: Asked, seen: dict[str, list[Any]]) -> Tensor:
+    def _measure(self, ask: Asked, seen: dict[str, list[Any]], sizes: list[int]) -> Tensor:
         """A signal of one block for every patch, in the tower's order, float32.
 
         Keys and values are as the projection gives them, before rotary positions. Received attention is the mean over
-        the queries that see a patch: those of its window or frame.
+        the queries that see a patch: those of its window or frame. The mean query is that of a whole picture or clip,
+        and looks at all of it. sizes: patches of each picture and clip.
         """
         _, hidden = seen[f"{ask.block}"][0]
         if ask.kind == "hidden":
@@ -187,12 +190,16 @@ class Qwen2VLAdapter(HfAdapter):
             return (key if ask.kind == "keys" else value).float()
         facts = self.attention_of(self.blocks[ask.block])
         query, key = (_rotate(x, facts.heads, *options["position_embeddings"]) for x in (query, key))
-        ends = options["cu_seqlens"].tolist()
-        parts = [
-            received(query[None, start:end], key[None, start:end], facts.heads, facts.scale)[0]
-            for start, end in pairwise(ends)
-        ]
-        scores = torch.cat(parts)
+        if ask.kind == "received_attention":
+            ends, of = options["cu_seqlens"].tolist(), received
+        else:
+            ends, of = [0, *accumulate(sizes)], mean_query_attention
+        scores = torch.cat(
+            [
+                of(query[None, start:end], key[None, start:end], facts.heads, facts.scale)[0]
+                for start, end in pairwise(ends)
+            ]
+        )
         return scores.mean(dim=-1) if ask.averaged else scores
 
     def _patchify(self, item: MediaPixels) -> Tensor:

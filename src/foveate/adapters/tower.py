@@ -6,6 +6,7 @@ rows that a signal needs are computed. SDPA or flash attention stays on, and no 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,15 +19,20 @@ from torch import Tensor, nn
 from foveate.clock import charge
 from foveate.errors import UnsupportedError
 
-PATCH_SIGNALS = ("received_attention", "keys", "values", "hidden")
+PATCH_SIGNALS = ("received_attention", "mean_query_attention", "keys", "values", "hidden")
 """Signals of any tower of attention blocks."""
 CLS_SIGNALS = ("cls_attention", "cls_logits", "cls_query", "cls_key", "cls_value")
 """Signals of a tower with a CLS token, whose first token it is."""
 PER_VIEW = ("cls_query", "cls_key", "cls_value")
 """Signals of CLS itself: one row for each encoded view instead of one for each token."""
+OF_PATCHES = {"keys": "key", "values": "value", "hidden": "hidden"}
+"""Signals that are states as they are, and their names in `States`."""
 HELD = {"cpu": 1 << 20, "cuda": 1 << 25}
 """Attention entries that are held at a time, by kind of device."""
-_AVERAGED = ("received_attention", "cls_attention")
+AVERAGED = ("received_attention", "mean_query_attention", "cls_attention")
+"""Signals whose heads are averaged when no block is named."""
+SAFE = 100.0
+"""Largest magnitude of a base-2 logit whose power, and the sum of whose powers, float32 holds without a shift."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class States(NamedTuple):
 def asked(names: Collection[str], offered: Collection[str], num_blocks: int) -> list[Asked]:
     """The tower's signals among `names`: "keys@-2" is of the last block but one that is used, "keys" of the last.
 
-    `received_attention` and `cls_attention` without a block are averaged over heads. Raises UnsupportedError for a
+    AVERAGED ones without a block are averaged over heads. Raises UnsupportedError for a
     block that there is not.
     """
     found = []
@@ -84,28 +90,42 @@ def asked(names: Collection[str], offered: Collection[str], num_blocks: int) -> 
                 f"signal {name!r} asks for encoder block {index}, the tower uses {num_blocks}: give 0 to "
                 f"{num_blocks - 1}, or -1 for the last"
             )
-        found.append(Asked(name, kind, index % num_blocks, not block and kind in _AVERAGED))
+        found.append(Asked(name, kind, index % num_blocks, not block and kind in AVERAGED))
     return found
 
 
 def measure(kind: str, states: States, heads: int, scale: float, cls: bool) -> Tensor:
     """A signal of one block, float32: [n, P, ...] for patches, [n, heads * d] for those of CLS itself.
 
-    cls_attention, cls_logits, received_attention: [n, P, heads]. cls_attention is softmaxed over CLS and patches, as
-    the tower does, and CLS itself is left out then; received_attention is the mean over all queries, CLS among them.
+    cls_attention, cls_logits, mean_query_attention, received_attention: [n, P, heads]. cls_attention is softmaxed over
+    CLS and patches, as the tower does, and CLS itself is left out then; mean_query_attention is the same for the mean
+    of the patches' queries; received_attention is the mean over all queries, CLS among them.
     """
     first = 1 if cls else 0
-    if kind == "hidden":
-        return states.hidden[:, first:].float()
-    if kind in ("keys", "values"):
-        return (states.key if kind == "keys" else states.value)[:, first:].float()
+    if kind in OF_PATCHES:
+        return getattr(states, OF_PATCHES[kind])[:, first:].float()
     if kind in PER_VIEW:
         return getattr(states, kind.removeprefix("cls_"))[:, 0].float()
     if kind == "received_attention":
         return received(states.query, states.key, heads, scale)[:, first:]
-    query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (states.query[:, :1], states.key))
-    logits = (key @ query.transpose(-1, -2))[..., 0].transpose(1, 2).float() * scale  # [n, T, H]
+    if kind == "mean_query_attention":
+        return mean_query_attention(states.query[:, first:], states.key, heads, scale)[:, first:]
+    logits = row_logits(states.query[:, :1], states.key, heads, scale)
     return (logits.softmax(dim=1) if kind == "cls_attention" else logits)[:, 1:]
+
+
+def mean_query_attention(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
+    """Attention [n, T, heads] float32 that the mean of the queries [n, P, heads * d] pays the keys [n, T, ...]."""
+    mean = query.mean(dim=1, keepdim=True, dtype=torch.float32).to(key.dtype)
+    return row_logits(mean, key, heads, scale).softmax(dim=1)
+
+
+def row_logits(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
+    """Logits [n, T, heads] float32 of one query [n, 1, heads * d] a sequence over its keys [n, T, heads * d]."""
+    query, key = (x.unflatten(-1, (heads, -1)) for x in (query, key))
+    # one sequence after the other: as one batch all keys would be copied first
+    logits = [(own.transpose(0, 1) @ row[0, :, :, None])[..., 0].T for row, own in zip(query, key)]
+    return torch.stack(logits).float() * scale
 
 
 def received(query: Tensor, key: Tensor, heads: int, scale: float, limit: int | None = None) -> Tensor:
@@ -113,20 +133,28 @@ def received(query: Tensor, key: Tensor, heads: int, scale: float, limit: int | 
 
     query, key: [n, T, heads * d]. Returns [n, T, heads] float32; each head of a sequence sums to 1.
     limit: attention entries held at a time (None: as many as suit the device), which bounds the memory; a CPU is five
-    times faster when they fit its caches.
+    times faster when they fit its caches. Powers of two are taken, which a CPU has twice as fast as those of e, and
+    rows are shifted by their largest logit only where norms do not rule out an overflow.
     """
     n, tokens, _ = query.shape
     limit = limit or HELD.get(query.device.type, HELD["cuda"])
+    query = query * (scale * math.log2(math.e))
     q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 1) for x in (query, key))  # [n * heads, T, d]
+    shifted = bool(q.norm(dim=-1).amax() * k.norm(dim=-1).amax() > SAFE) if tokens else False
     total = torch.zeros(n * heads, tokens, device=query.device)
     rows = max(1, min(tokens, limit // max(1, tokens)))
     step = max(1, limit // max(1, tokens * rows))
-    ones = torch.ones(1, rows, device=query.device)
+    held = torch.empty(step * rows * tokens, device=query.device)
     for start in range(0, n * heads, step):
+        keys = k[start : start + step].transpose(-1, -2)
         for row in range(0, tokens, rows):
-            logits = q[start : start + step, row : row + rows] @ k[start : start + step].transpose(-1, -2)
-            shares = logits.float().mul_(scale).softmax(dim=-1)
-            total[start : start + step] += (ones[:, : shares.shape[1]] @ shares)[:, 0]
+            some = q[start : start + step, row : row + rows]
+            logits = held[: some.shape[0] * some.shape[1] * tokens].view(*some.shape[:2], tokens).copy_(some @ keys)
+            if shifted:
+                logits -= logits.amax(dim=-1, keepdim=True)
+            powers = torch.exp2(logits, out=logits)
+            shares = powers.sum(dim=-1).reciprocal_()
+            total[start : start + step] += (shares[:, None] @ powers)[:, 0]
     return (total / tokens).view(n, heads, tokens).transpose(1, 2)
 
 

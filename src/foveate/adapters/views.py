@@ -112,7 +112,7 @@ class ViewsAdapter(HfAdapter):
 
     def gather(self, values: Tensor, media: MediaPlan, where: VisualLayout) -> Tensor:
         """Values [n, T, ...] of one picture's or clip's views -> [N, ...] in the order of its tokens."""
-        return values.flatten(0, 1)[self._rows(where, values.shape[1]).to(values.device)]
+        return values.flatten(0, 1).index_select(0, self._rows(where, values.shape[1]).to(values.device))
 
     def _rows(self, where: VisualLayout, per_view: int) -> Tensor:
         return where.view * per_view + where.row * self.spec.token_side + where.col

@@ -27,6 +27,7 @@ from foveate.bench.counts import Request, tower_blocks, tower_rows
 from foveate.bench.device import Device
 from foveate.bench.roofline import Kinds, cache_kind, layer_kind, stage_ms
 from foveate.bench.shape import ModelShape, bytes_of
+from foveate.method import signal_for
 
 STAGES = ("tower", "connector", "selection", "prefill", "decode")
 
@@ -243,20 +244,24 @@ class Effect:
     def selection_flops(self, shape: ModelShape, request: Request) -> float:
         """What it costs to tell the methods what they ask for, in products that the model does not make anyway.
 
-        In the tower: query-key products of one block (of the last, where tokens leave in between), when a method asks
-        for received attention, because fast attention kernels do not return their map. Products of keys of one head's
-        width, by which tokens are matched, are under half a percent of a block and left out. In the language model:
-        queries of the rows that are asked for, their products with all keys, and for signals named "next_..." the keys
-        as well. All text counts as rows of text. request: as `apply` returns it.
+        In the tower: query-key products of a block (of the last, where tokens leave in between) for each received
+        attention that is asked for, because fast attention kernels do not return their map. Products of keys of one
+        head's width, by which tokens are matched, are under half a percent of a block and left out. In the language
+        model: queries of the rows that are asked for, their products with all keys, and for signals named "next_..."
+        the keys as well. All text counts as rows of text. request: as `apply` returns it.
         """
-        needed = any("received_attention" in need for reducer in self.reducers for need in reducer.signals)
-        last = tower_blocks(shape, request)[-1]
-        tower = 2 * shape.vision_width * (last.pairs / max(1, last.count)) if needed else 0.0
-        layers = request.per_layer or (request.kept,) * shape.layers
-        from foveate.adapters.shape import steps_of
+        from foveate.adapters.shape import INSIDE, steps_of
 
-        steps = [step for step in steps_of(self.reducers, _site_shape(shape)) if step.site == "llm"]
-        return float(tower + sum(_row_flops(shape, step, request.text, layers[step.layer - 1]) for step in steps))
+        site = _site_shape(shape)
+        steps = steps_of(self.reducers, site)
+        needs = {need for step in steps if step.site not in INSIDE for need in step.signals}
+        told = {signal_for(need, lambda name: site.cls or not name.startswith("cls_")) or "" for need in needs}
+        maps = sum(name.startswith("received_attention") for name in told)
+        last = tower_blocks(shape, request)[-1]
+        layers = request.per_layer or (request.kept,) * shape.layers
+        inside = (step for step in steps if step.site == "llm")
+        rows = sum(_row_flops(shape, step, request.text, layers[step.layer - 1]) for step in inside)
+        return float(2 * shape.vision_width * maps * last.pairs / max(1, last.count) + rows)
 
 
 def _site_shape(shape: ModelShape) -> Any:

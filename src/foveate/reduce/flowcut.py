@@ -7,8 +7,8 @@ How many leave a block follows from the target and from how even c is: even atte
 
 Departures: each view follows its own entropy (the code takes the batch's largest count). On a tower without CLS, and
 where no token may leave the encoder, the cumulative score of the last four used blocks is taken at the end and tokens
-leave once; there received attention takes the place of c + e when CLS is
-missing (the code's Qwen form uses the mean query, which is near).
+leave once. Where CLS is missing, the attention of the mean query takes the place of c + e, as in the code's form for
+Qwen; it is that of one view (with Qwen of one picture or clip), whatever else passes the encoder beside it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ LAST = 4
 
 
 def needs(block: int) -> tuple[str, str, str]:
-    """What is asked of one block: attention of CLS, its value, and the values of the patches."""
+    """What is asked of one block: attention of CLS (or of the mean query), its value, and the values of the patches."""
     return (
-        f"cls_attention@{block}|received_attention@{block}",
-        f"cls_value@{block}|received_attention@{block}",
+        f"cls_attention@{block}|mean_query_attention@{block}",
+        f"cls_value@{block}|mean_query_attention@{block}",
         f"values@{block}",
     )
 
@@ -169,8 +169,8 @@ def semantic_attention(cls_value: Tensor, values: Tensor) -> Tensor:
 
     cls_value: [H, d]; values: [n, H, d].
     """
-    products = torch.einsum("hd,nhd->hn", cls_value, torch.cat([cls_value[None], values]))
-    return products.softmax(dim=-1)[:, 1:].mean(dim=0)
+    products = torch.cat([(cls_value * cls_value).sum(dim=-1)[None], (values * cls_value).sum(dim=-1)])  # [1 + n, H]
+    return products.softmax(dim=0)[1:].mean(dim=1)
 
 
 def flow_inside(attention: Tensor, semantic: Tensor, values: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from foveate.errors import BudgetError, RecipeError
 from foveate.reduce.base import Reducer, Reduction, Select, Step, top_k
 from foveate.reduce.frames import clips
-from foveate.reduce.merge import means
+from foveate.reduce.merge import membership
 from foveate.reduce.select import strongest, unit
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def merge_call(
     if not bool(joins.any()):
         return torch.arange(len(place)), None, progress
     kept, slot = fused(place, joins)
-    return kept, means(slot, len(kept)), progress
+    return kept, membership(slot, len(kept)), progress
 
 
 def prune_call(

@@ -94,13 +94,15 @@ def rounds(metric: Tensor, size: Tensor, count: int, match: Callable[[Tensor, in
     size: [N] original tokens that each stands for. match(metric [1, n, D], r) merges at most r of the n tokens, and at
     least one; the metric of a merged token is the size-weighted mean.
     """
-    n = len(metric)
-    whole = Matching(torch.arange(n)[None], torch.arange(n)[None])
-    x, size = metric.float()[None], size.float().view(1, n, 1)
-    while x.shape[1] > count:
-        matching = match(x, x.shape[1] - count)
+    left = len(metric)
+    x, size = metric.float()[None], size.float().view(1, left, 1)
+    whole = Matching(torch.arange(left)[None], torch.arange(left)[None])
+    while left > count:
+        matching = match(x, left - count)
         whole = Matching(matching.follow(whole.slot), whole.place.gather(1, matching.place))
-        x, size = matching.merge(x, size)
+        left = matching.place.shape[1]
+        if left > count:
+            x, size = matching.merge(x, size)
     return whole
 
 
@@ -122,9 +124,12 @@ class Part:
 def as_part(source: Tensor, matching: Matching, size: Tensor) -> Part:
     """What a matching (batch of 1) means for the tokens `source` [n] of one view, in sequence order. size: [n]."""
     slot, place = matching.slot[0], matching.place[0]
-    order = place.argsort()
-    merges = len(place) < len(source)
-    return Part(source, place[order], membership(slot, len(place), size)[order] if merges else None)
+    stands = torch.zeros(len(source), dtype=torch.bool)
+    stands[place] = True
+    keep = stands.nonzero()[:, 0]
+    if len(place) == len(source):
+        return Part(source, keep)
+    return Part(source, keep, membership((stands.cumsum(0) - 1)[place[slot]], len(place), size))
 
 
 def reduction(parts: list[Part], block: Tensor) -> Reduction:
@@ -167,15 +172,11 @@ def one_hot(places: Tensor, n: int) -> Tensor:
     return weights
 
 
-def means(slot: Tensor, slots: int) -> Tensor:
-    """Sparse weights [slots, N] of the plain mean of the tokens in each slot. slot: [N] int64."""
-    share = 1 / torch.bincount(slot, minlength=slots).float()
-    index = torch.stack([slot, torch.arange(len(slot))])
-    return torch.sparse_coo_tensor(index, share[slot], (slots, len(slot)), check_invariants=False).coalesce()
-
-
 def membership(slot: Tensor, slots: int, size: Tensor | None = None) -> Tensor:
-    """Weights [slots, N] of the size-weighted mean of the tokens in each slot. slot: [N] int64; size: [N] or None."""
-    weights = torch.zeros(slots, len(slot))
-    weights[slot, torch.arange(len(slot))] = 1.0 if size is None else size.float()
-    return weights / weights.sum(dim=1, keepdim=True)
+    """Sparse weights [slots, N] of the size-weighted mean of the tokens in each slot, none of them empty. slot: [N]
+    int64; size: [N], or None where all count alike."""
+    size = torch.ones(len(slot)) if size is None else size.float()
+    share = size / size.new_zeros(slots).index_add_(0, slot, size)[slot]
+    column = slot.argsort(stable=True)
+    index = torch.stack([slot[column], column])
+    return torch.sparse_coo_tensor(index, share[column], (slots, len(slot)), check_invariants=False, is_coalesced=True)

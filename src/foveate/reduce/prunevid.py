@@ -136,7 +136,7 @@ def clustered(features: Tensor, source: Tensor, count: int, late: int | None) ->
     if count >= n and len(source) == 1:
         return Part(source[0], torch.arange(n), late=late)
     centres, member = density_peaks(mean, count, NEIGHBOURS) if count < n else (torch.arange(n), torch.arange(n))
-    weights = membership(member, len(centres)).repeat(1, len(source)) / len(source)
+    weights = membership(member.repeat(len(source)), len(centres))
     return Part(source.flatten(), centres, weights, late=late)
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
@@ -60,7 +60,7 @@ class Schedule(Reducer):
         if self.rates is not None and not (self.rates and all(a >= b for a, b in pairwise((1.0, *self.rates, 0.0)))):
             raise RecipeError(f"{self.name}: rates is {list(self.rates)}; give fractions from 1 down, never rising")
 
-    def counts(self, total: int, layers: int) -> list[int]:
+    def counts(self, total: int, layers: int) -> Sequence[int]:
         """Tokens that each layer sees of `total` that entered; the first sees all."""
         if self.rates is not None:
             rates = [self.rates[index * len(self.rates) // layers] for index in range(1, layers)]
@@ -85,14 +85,15 @@ class Schedule(Reducer):
         return self.step("llm", partial(self.select, layer=layer, layers=layers), layer=layer, count=count)
 
 
-def sigmoid_counts(total: int, layers: int, keep: float, steepness: float) -> list[int]:
+@cache  # each layer asks for its own number
+def sigmoid_counts(total: int, layers: int, keep: float, steepness: float) -> tuple[int, ...]:
     """Tokens of each layer under a sigmoid whose mean over the layers is `keep` of `total`, within one token.
 
     The first layer sees all, every other one at least one token. A mean that this makes impossible comes out as the
     nearest possible one.
     """
     if keep >= 1:
-        return [total] * layers
+        return (total,) * layers
 
     def at(shift: float) -> list[float]:
         return [1.0, *(p_sigmoid(layer / layers, shift, steepness) for layer in range(1, layers))]
@@ -101,7 +102,7 @@ def sigmoid_counts(total: int, layers: int, keep: float, steepness: float) -> li
     for _ in range(80):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(at(middle)) < keep * layers else (low, middle)
-    return [total, *(max(1, int(rate * total + 0.5)) for rate in at(high)[1:])]
+    return (total, *(max(1, int(rate * total + 0.5)) for rate in at(high)[1:]))
 
 
 def p_sigmoid(depth: float, shift: float, steepness: float) -> float:

@@ -162,5 +162,5 @@ def clustered(hidden: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
     count = len(order) // PER_CLUSTER + 1
     centres, member = density_peaks(hidden[order], count, count)
     weights = torch.zeros(len(centres), len(hidden))
-    weights[:, order] = membership(member, len(centres))
+    weights[:, order] = membership(member, len(centres)).to_dense()
     return order[centres], weights
