@@ -89,6 +89,10 @@ def test_uniform_spreads_over_both_directions():
     assert len(set((picked % 8).tolist())) >= 6  # rows are shifted against each other
 
 
+def test_even_places_lie_in_the_middle_of_their_shares():
+    assert evenly(2, 8).tolist() == [2, 6] and evenly(3, 3).tolist() == [0, 1, 2]
+
+
 def test_ties_go_to_the_earlier_token():
     assert top_k(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 2).tolist() == [1, 2]
 
@@ -121,6 +125,7 @@ def test_random_is_pinned_seeded_and_different_for_each_request():
 def test_merging_weights_are_applied_and_the_identity_changes_no_bit():
     features = torch.randn(4, 3)
     assert torch.equal(Reduction(torch.arange(4)).apply(features), features)
+    assert Reduction(torch.tensor([1, 0])).changes(2) and not Reduction(torch.arange(2)).changes(2)
     merge = Reduction(torch.tensor([0, 2]), torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0.25, 0.75]]))
     expected = torch.stack([features[:2].mean(0), 0.25 * features[2] + 0.75 * features[3]])
     torch.testing.assert_close(merge.apply(features), expected)

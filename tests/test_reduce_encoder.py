@@ -209,8 +209,11 @@ def test_a_tower_whose_tokens_cannot_leave_says_why_and_what_to_use(family, why)
 
 
 def test_a_block_that_there_is_not():
-    with pytest.raises(RecipeError, match="block 7 of the encoder"):
-        Between(keep=0.5, block=7).check(tiny("llava"))
+    vlm = tiny("llava")
+    Between(keep=0.5, block=vlm.adapter.num_blocks - 1).check(vlm)
+    for block in (vlm.adapter.num_blocks, 7):
+        with pytest.raises(RecipeError, match=f"block {block} of the encoder"):
+            Between(keep=0.5, block=block).check(vlm)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ from foveate.adapters.decoder import project
 from foveate.adapters.shape import Shape
 from foveate.errors import RecipeError
 from foveate.reduce import dominance, schedule
-from foveate.reduce.adatoken3d import calibrate, falls
+from foveate.reduce.adatoken3d import AdaToken3D, calibrate, contributions, falls
 from foveate.reduce.base import Reducer, Reduction, layer_index, tokens_per_layer, top_k
+from foveate.reduce.fastervlm import FasterVLM
 from foveate.reduce.fastv import FastV
+from foveate.reduce.pyramiddrop import PyramidDrop
 from foveate.reduce.uniform import Uniform
 from foveate.reduce.yopo import YOPO, head_votes, neighbours
 from foveate.vlm import Request
@@ -156,7 +158,7 @@ def test_a_cache_method_and_a_shrinking_batch_go_with_it(tiny):
 
 def test_layers_are_indices_or_fractions():
     assert [layer_index(v, 32, "m") for v in (2, 0.25, 2 / 32, 0.99)] == [2, 8, 2, 31]
-    assert layer_index(2 / 32, 4, "m") == 1
+    assert layer_index(2 / 32, 4, "m") == 1 and layer_index(0.3, 5, "m") == 2
     for wrong in (0, 32, -1, 1.0, 0.0):
         with pytest.raises(RecipeError, match="m: layer is"):
             layer_index(wrong, 32, "m")
@@ -168,6 +170,13 @@ def test_tokens_per_layer_of_views_pictures_and_requests():
     assert tokens_per_layer((), groups, shape) == [25] * 4
     assert tokens_per_layer((FastV(keep=0.5, layer=2),), groups, shape) == [25, 25, 12, 12]
     assert tokens_per_layer((Uniform(keep=0.5), FastV(keep=0.5, layer=3)), groups, shape) == [13, 13, 13, 6]
+    # of 9 tokens that two views share 4 are the first's, and a half of each is 2 and 3
+    assert tokens_per_layer((Uniform(keep=0.5), FasterVLM(keep=0.5)), groups, shape) == [2 + 3 + 2] * 4
+
+
+def test_of_stages_that_fall_on_one_layer_the_last_holds():
+    (step,) = PyramidDrop(keep=0.125).steps(Shape(blocks=1, layers=2))
+    assert step.layer == 1 and step.count(64, 64) == 8
 
 
 @torch.inference_mode()
@@ -289,16 +298,23 @@ def by_the_rules(adapter, row, ids, method):
 # ---- measures and schedules
 
 
-def test_dominance_is_what_eager_attention_says(tiny):
+def eager_maps(request, new=0):
+    """The request's row, an answer of at most `new` tokens, and the attention [1, H, L, L] of each layer over both."""
     eager = foveate.load(goldens_dir("nvila") / "nvila" / "ckpt", device="cpu", attn="eager")
-    request = Request("what?", PICTURE)
-    answer = [token for token in eager.respond(request, 4).ids if token not in eager.adapter.placeholders]
+    ids = eager.respond(request, new).ids if new else []
+    answer = [token for token in ids if token not in eager.adapter.placeholders]
     (row,) = rows_of(eager, [request])
     with torch.inference_mode():
-        prompt = eager.adapter.embed(torch.cat([row.input_ids, torch.tensor(answer)])[None], row.features)
-        maps = eager.model.llm(**prompt, output_attentions=True).attentions
+        whole = torch.cat([row.input_ids, torch.tensor(answer, dtype=torch.int64)])
+        prompt = eager.adapter.embed(whole[None], row.features)
+        return row, answer, eager.model.llm(**prompt, output_attentions=True).attentions
+
+
+def test_dominance_is_what_eager_attention_says(tiny):
+    request = Request("what?", PICTURE)
+    row, answer, maps = eager_maps(request, 4)
     found = dominance.dominance(tiny, request, 4)
-    assert len(found) == len(maps) == 3
+    assert [layer.layer for layer in found] == list(range(len(maps))) == [0, 1, 2]
     for layer, attention in zip(found, maps):
         rows = attention[0, :, -len(answer) :]
         to_visual = float(rows[..., row.where].sum(-1).mean())
@@ -310,7 +326,38 @@ def test_dominance_is_what_eager_attention_says(tiny):
         assert layer.aei_visual == pytest.approx(to_visual / (n / total), rel=1e-4)
     fewer = dominance.dominance(tiny, Request("what?", PICTURE, reduce="fastv(keep=0.25, layer=2)"), 4)
     assert [layer.visual for layer in fewer] == [48, 48, 12]
-    assert set(dominance.stages(found)) == {"early", "middle", "late"}
+    layers = [dominance.Dominance(i, 10 * i, 5, float(i), 1.0, 1.0) for i in range(7)]
+    means = {name: (part.layer, part.text, part.mdi) for name, part in dominance.stages(layers).items()}
+    assert means == {"early": (0, 5, 0.5), "middle": (2, 30, 3.0), "late": (5, 55, 5.5)}
+
+
+def test_masses_are_what_eager_attention_says(tiny):
+    request = Request("what is it?", PICTURE)
+    row, _, maps = eager_maps(request)
+    found, ratios = dominance.masses(tiny, request), dominance.head_ratios(tiny, request)
+    for layer, (attention,) in enumerate(maps):
+        to_visual = attention[..., row.where].sum(-1)  # [H, L]
+        inside, text = to_visual[:, row.where].mean(), to_visual[:, row.text_after()].mean(dim=1)
+        torch.testing.assert_close(found[layer], torch.stack([inside, 1 - inside, text.mean()]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ratios[layer], text / (1 - text), rtol=1e-4, atol=1e-5)
+
+
+def test_contributions_weigh_both_directions_and_remember_earlier_layers():
+    inside, to_text, from_text = [0.5, 0.25, 0.1], [0.2, 0.4, 0.6], [0.3, 0.1, 0.7]
+    totals, memory = [], 0.0
+    for layer, (own, out, back) in enumerate(zip(inside, to_text, from_text)):
+        memory += own if layer == 0 else 0.73 * own
+        totals.append(0.4 * own + 0.3 * (0.7 * out + 0.3 * back) + 0.3 * memory)
+    expected = [(total - min(totals)) / (max(totals) - min(totals)) for total in totals]
+    found = contributions(*map(torch.tensor, (inside, to_text, from_text)))
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    assert contributions(torch.zeros(3), torch.ones(3), torch.zeros(3)).tolist() == [0, 0, 0]
+
+
+def test_stages_follow_the_fall():
+    method = AdaToken3D(keep=0.25, layers=(1, 2, 3), fall=(0.5, 0.5, 1.0))
+    assert [method.left(stage, 64) for stage in range(3)] == [32, 32, 16]
+    assert falls(torch.tensor([1.0, 0.8, 0.7, 0.8, 0.0, 0.2]), [2, 3, 4]) == pytest.approx((0.25, 0.25, 1.0))
 
 
 def test_calibration_finds_falls_and_heads(tiny):

@@ -27,7 +27,7 @@ from foveate.reduce.pitome import PiToMe
 from foveate.reduce.prumerge import PruMerge
 from foveate.reduce.prunevid import PruneVid
 from foveate.reduce.quota import Quota
-from foveate.reduce.select import above_threshold, coverage, max_min, strongest
+from foveate.reduce.select import above_threshold, cosines, coverage, max_min, strongest
 from foveate.reduce.text_dominance import TextDominance
 from foveate.reduce.tome import ToMe
 from foveate.reduce.ts_llava import TSLLaVA
@@ -213,6 +213,14 @@ def test_mmtok_covers_the_text_and_the_view_at_least_to_its_bound():
     torch.testing.assert_close(rows.sum(dim=1), torch.tensor([1 / 4] * 4 + [0.5 / 9] * 9))
     best = max(float(rows[:, list(c)].amax(dim=1).sum()) for c in itertools.combinations(range(9), 3))
     assert float(rows[:, coverage(rows, 3)].amax(dim=1).sum()) >= (1 - 1 / 2.718281828) * best
+
+
+def test_coverage_takes_the_earliest_of_equal_columns_however_few_are_looked_at():
+    assert coverage(torch.ones(2, 100), 2, chunk=3).tolist() == [0, 1]
+
+
+def test_likeness_to_a_token_without_length_is_0():
+    assert cosines(torch.tensor([[0.0, 0.0], [3.0, 4.0]])).tolist() == [[0, 0], [0, 1]]
 
 
 def test_coverage_never_picks_what_is_excluded():

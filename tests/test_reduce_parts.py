@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from foveate.errors import BudgetError, InputError
 from foveate.reduce.cluster import density_peaks
 from foveate.reduce.dycoke import DyCoke
-from foveate.reduce.frames import clips
-from foveate.reduce.grid import overview, seen_by, stitched, unpadded
+from foveate.reduce.frames import at, clips
+from foveate.reduce.grid import blocks, overview, seen_by, stitched, unpadded
 from foveate.reduce.holitom import HoliTom, halving, segment
-from foveate.reduce.merge import bipartite
+from foveate.reduce.merge import Matching, Part, as_part, bipartite, joined, reduction, rounds
 from foveate.reduce.mmtok import keywords
 from foveate.reduce.pitome import energy_matching
 from foveate.reduce.prumerge import PruMerge, selected
@@ -24,7 +24,7 @@ from foveate.reduce.quota import Quota, quotas
 from foveate.reduce.select import rest, unit
 from foveate.reduce.signals import per_view
 from foveate.reduce.ts_llava import TSLLaVA
-from layouts import LAYOUTS, clip, dense, make, signals_for, single
+from layouts import LAYOUTS, clip, dense, grid_view, make, signals_for, single, tiled
 
 # ---- layouts
 
@@ -35,6 +35,19 @@ def test_tiles_join_to_one_map_and_padding_is_cut_off():
     assert grid[5, 11] == (1 * 3 + 2) * 20 + 1 * 5 + 1
     assert unpadded(48, 48, (640, 400)) == (slice(9, 39), slice(0, 48))
     assert unpadded(24, 72, (300, 300)) == (slice(0, 24), slice(24, 48))
+    assert unpadded(5, 4, (4, 2)) == (slice(1, 4), slice(0, 4))  # a part of a row stays
+
+
+def test_a_token_of_the_thumbnail_belongs_to_the_tile_under_its_centre():
+    layout = make(tiled(2, 2, 3, 0)).features()
+    whole, tiles = overview(layout, torch.arange(len(layout)))
+    assert [part.tolist() for part in seen_by(layout, whole, tiles)] == [[0], [1, 2], [3, 6], [4, 5, 7, 8]]
+
+
+def test_views_between_the_ends_of_another_are_of_its_block():
+    layout = make([{"view": view} for view in (1, 2, 3, 1, 4, 5, 4, 6)])
+    assert blocks(layout).tolist() == [0, 0, 0, 0, 1, 1, 1, 2]
+    assert blocks(make([{"view": view} for view in (1, 2, 1, 3, 1)])).tolist() == [0] * 5
 
 
 def test_a_thumbnail_is_told_from_its_tiles_and_sees_each_of_its_parts_once():
@@ -59,7 +72,22 @@ def test_frames_of_different_sizes_are_matched_place_by_place():
         held = place[place >= 0]
         assert len({(int(layout.row[i]), int(layout.col[i])) for i in held}) == 1
     assert int((table[-1] < 0).sum()) == 8
+    features = at(1.0 + torch.arange(len(layout)), table)
+    assert torch.equal(features, torch.where(table < 0, 0, table + 1.0))
     assert [tuple(t.shape) for t in clips(LAYOUTS["two"])] == [(1, 16), (1, 16), (1, 16), (1, 15)]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_views_of_one_frame_stand_beside_each_other(joined):
+    """Two tiles a frame: in one map of the frame, or each by itself."""
+    tokens = []
+    for view in range(6):
+        for token in grid_view(2, 2, view=view, frame=view // 2):
+            place = {"global_row": token["row"], "global_col": 2 * (view % 2) + token["col"]} if joined else {}
+            tokens.append({**token, **place})
+    (table,) = clips(make(tokens))
+    assert table.shape == (3, 8) and table.sort(dim=1).values.flatten().tolist() == list(range(24))
+    assert torch.equal(table, table[0] + 8 * torch.arange(3)[:, None])  # the same place of the same tile
 
 
 def test_rows_of_cls_belong_to_the_views_that_have_tokens():
@@ -87,6 +115,41 @@ def test_matching_merges_the_most_alike_and_protects_cls():
     assert bipartite(metric, 99).place.shape == (1, 3)  # half at most
 
 
+def test_rounds_compare_merged_tokens_by_the_mean_of_all_that_they_stand_for():
+    metric, seen = torch.tensor([[0.0], [1.0], [5.0], [9.0]]), []
+
+    def match(x, r):
+        seen.append(x[0, :, 0].tolist())
+        return joined(torch.tensor([[1, 2, 3][: x.shape[1] - 1]]), torch.tensor([[0]]), torch.tensor([[1]]), x.shape[1])
+
+    matching = rounds(metric, torch.tensor([3.0, 1.0, 1.0, 1.0]), 2, match)
+    assert seen == [[0, 1, 5, 9], [0.25, 5, 9]]  # three at 0 and one at 1
+    assert matching.place.tolist() == [[2, 3]] and matching.slot.tolist() == [[0, 0, 0, 1]]
+    part = as_part(10 + torch.arange(4), Matching(matching.slot, matching.place), torch.tensor([3.0, 1.0, 1.0, 1.0]))
+    torch.testing.assert_close(part.weights.to_dense(), torch.tensor([[0.6, 0.2, 0.2, 0], [0, 0, 0, 1.0]]))
+
+
+def test_merged_tokens_stand_in_sequence_order():
+    matching = Matching(torch.tensor([[2, 0, 1, 0]]), torch.tensor([[3, 2, 0]]))
+    part = as_part(torch.arange(4), matching, torch.ones(4))
+    assert part.keep.tolist() == [0, 2, 3]
+    assert (part.weights.to_dense() > 0).tolist() == [[1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 1]]
+
+
+def test_parts_of_one_block_fall_in_with_each_other_and_their_late_tokens_follow_part_by_part():
+    one = Part(
+        torch.tensor([0, 3, 4, 6]), torch.tensor([0, 3, 1]), torch.tensor([[0.5, 0, 0.5, 0], *torch.eye(4)[[3, 1]]]), 2
+    )
+    two = Part(torch.tensor([1, 2, 5]), torch.tensor([1, 2, 0]), None, late=2)
+    other = Part(torch.tensor([7, 8]), torch.tensor([1, 0]), None, late=None)
+    found = reduction([other, one, two], torch.tensor([0] * 7 + [1] * 2))
+    order = [0, 2, 6, 3, 5, 1, 8, 7]
+    assert found.keep.tolist() == order
+    expected = torch.eye(9)[order]
+    expected[0] = torch.tensor([0.5, 0, 0, 0, 0.5, 0, 0, 0, 0])
+    torch.testing.assert_close(found.weights.to_dense(), expected)
+
+
 def test_a_token_of_high_energy_merges_and_one_that_stands_alone_is_protected():
     crowd = torch.randn(1, 1, 8, generator=torch.Generator().manual_seed(0)).expand(1, 6, 8)
     crowd = crowd + 0.01 * torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(1))
@@ -105,7 +168,12 @@ def test_density_peaks_find_separate_clusters():
     assert sorted((centres // 8).tolist()) == [0, 1, 2]
     assert [len(set(member[i : i + 8].tolist())) for i in (0, 8, 16)] == [1, 1, 1]
     assert member[centres].tolist() == [0, 1, 2]
-    assert sorted(density_peaks(torch.zeros(4, 2), 4, 7)[0].tolist()) == [0, 1, 2, 3]  # equal points too
+    centres, member = density_peaks(torch.zeros(4, 2), 4, 7)  # equal points too, each its own
+    assert centres.tolist() == member.tolist() == [0, 1, 2, 3]
+    twice = torch.tensor([[0.0], [0.0], [5.0], [5.0]])
+    centres, member = density_peaks(twice, 2, 2)  # of equally dense points the earlier is the denser
+    assert centres.tolist() == [0, 2] and member.tolist() == [0, 0, 1, 1]
+    assert len(density_peaks(twice, 9, 2)[0]) == 4
 
 
 def test_prumerge_selects_as_many_again_and_outliers_only_when_adaptive():
