@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from foveate.adapters.base import COMMON_SIGNALS, Adapter, Encoded
+from foveate.adapters.hf import PATCHES_PER_PASS
 from foveate.adapters.layout import NEWLINE, VALID, VisualLayout
 from foveate.adapters.tower import PATCH_SIGNALS, Asked, Attention, States, asked, capture, measure
 from foveate.clock import charge
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from foveate.data.execute import Inputs
     from foveate.data.plan import MediaPlan, Plan
     from foveate.data.spec import PreprocessSpec
-
-PATCHES_PER_PASS = {"cpu": 1 << 14, "cuda": 1 << 17}
-"""Patches that go through the tower at once: on a CPU few enough for the caches, on a GPU enough to fill it."""
 
 
 class NvilaAdapter(Adapter):

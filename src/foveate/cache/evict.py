@@ -11,26 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from foveate.adapters.attention import Pass, like_mask
-from foveate.cache.layer import join_valid
+from foveate.cache.layer import ColumnsLayer, join_valid
 from foveate.cache.store import take
 from foveate.errors import UnsupportedError
 
 
-class EvictingLayer(CacheLayerMixin):
-    """keys, values: [B, H, P, D] of the tokens held. valid: [B, P] or [B, H, P] bool, or None when all columns are
-    tokens. columns: seen in all, padding included. The tokens of a pass attend to all of that pass; then it is chosen.
-    """
-
-    is_sliding = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.columns = 0
-        self.valid: Tensor | None = None
-        self._new: Tensor | None = None
+class EvictingLayer(ColumnsLayer):
+    """keys, values: [B, H, P, D] of the tokens held. valid: [B, P] or [B, H, P] bool. The tokens of a pass attend to
+    all of that pass; then it is chosen."""
 
     @abstractmethod
     def choose(self) -> Tensor | None:
@@ -112,15 +102,6 @@ class EvictingLayer(CacheLayerMixin):
         """Hold these columns only, [B, P'] or [B, H, P']."""
         self.keys, self.values = take(self.keys, column), take(self.values, column)
 
-    def get_seq_length(self) -> int:
-        return self.columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
     def reset(self) -> None:
         self.keys = self.values = self.valid = None
         self.columns, self.is_initialized = 0, False
@@ -137,9 +118,6 @@ class EvictingLayer(CacheLayerMixin):
             )
         self.columns -= gone
         self.map(lambda part: part[..., : self.columns, :].clone(), lambda part: part[..., : self.columns].clone())
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.columns:

@@ -16,21 +16,40 @@ from foveate.adapters.attention import Pass
 from foveate.cache.store import Store
 
 
-class PackedLayer(CacheLayerMixin):
-    """The tokens of a pass attend to each other exactly, and to older ones as the stores hold them.
-
-    columns: tokens and padding seen; valid: [B, columns] bool, or None while no row has padding.
-    """
+class ColumnsLayer(CacheLayerMixin):
+    """A cache layer that knows about padding. columns: tokens and padding seen; valid: which of the columns held are
+    tokens, or None while all are."""
 
     is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = 0
+        self.valid: Tensor | None = None
+        self._new: Tensor | None = None
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+
+class PackedLayer(ColumnsLayer):
+    """The tokens of a pass attend to each other exactly, and to older ones as the stores hold them. valid: [B, columns]
+    bool."""
+
     is_croppable = True
 
     def __init__(self, keys: Store, values: Store) -> None:
         super().__init__()
         self.stores = (keys, values)
-        self.columns = 0
-        self.valid: Tensor | None = None
-        self._new: Tensor | None = None
 
     def see(self, seen: Pass) -> Tensor | None:
         """Learn which tokens of the coming `update` are padding; returns the attention mask as it was."""
@@ -74,15 +93,6 @@ class PackedLayer(CacheLayerMixin):
         self.columns += count
         return full
 
-    def get_seq_length(self) -> int:
-        return self.columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
     def reset(self) -> None:
         for store in self.stores:
             store.reset()
@@ -101,9 +111,6 @@ class PackedLayer(CacheLayerMixin):
         for store in self.stores:
             store.crop(lengths)
         self.columns -= gone
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         rows = torch.arange(len(self.stores[0].paged)).repeat_interleave(repeats)

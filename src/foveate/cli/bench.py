@@ -6,7 +6,6 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from foveate.cli.common import (
-    DEFAULT_MODEL,
     add_method_options,
     add_model_options,
     add_verb,
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_verb(subparsers, "bench")
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="folder or preset (default: nano)")
+    parser = add_verb(subparsers, "bench", model=True)
     parser.add_argument("--against", metavar="R", help="recipe to compare with (default: the model as it is)")
     parser.add_argument(
         "--images", type=size, default=(448, 448), metavar="WxH", help="size of the pictures (default: 448x448)"

@@ -23,13 +23,15 @@ DEFAULT_MODEL = "nano"
 _MAKE_ROOM = "make room and run the same command again"
 
 
-def add_verb(subparsers: Any, name: str, **kwargs: Any) -> argparse.ArgumentParser:
-    """The parser of a verb with `--json`, its help line taken from the table of verbs."""
+def add_verb(subparsers: Any, name: str, model: bool = False, **kwargs: Any) -> argparse.ArgumentParser:
+    """The parser of a verb with `--json`, its help line taken from the table of verbs. model: it may name one."""
     from foveate.cli import VERBS
 
     text = VERBS[name]
     parser = subparsers.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", **kwargs)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    if model:
+        parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="folder or preset (default: nano)")
     return parser
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from foveate.cli.common import (
-    DEFAULT_MODEL,
     add_method_options,
     add_model_options,
     add_verb,
@@ -27,8 +26,7 @@ SHOWN = 5
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_verb(subparsers, "eval")
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="folder or preset (default: nano)")
+    parser = add_verb(subparsers, "eval", model=True)
     parser.add_argument(
         "--task", action="append", default=[], metavar="T", help="task, repeatable: world, world/<skill>, easy-vqa, ..."
     )

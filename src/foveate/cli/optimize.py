@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foveate.cli.common import DEFAULT_MODEL, add_model_options, add_verb, load_model, positive_int, print_json
+from foveate.cli.common import add_model_options, add_verb, load_model, positive_int, print_json
 
 LIMITS = {
     "flops": "of one mean request, to the end of its answer",
@@ -32,10 +32,10 @@ def add_parser(subparsers: Any) -> None:
     parser = add_verb(
         subparsers,
         "optimize",
+        model=True,
         epilog="Limits are relative to the model as it is given (0.5x) or absolute (2.5GFLOP, 8GiB, 400ms, 128). "
         "Without any: half the FLOPs and half the bytes. Exit code 1 when nothing meets the budget.",
     )
-    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="folder or preset (default: nano)")
     limits = parser.add_argument_group("budget")
     for axis, about in LIMITS.items():
         limits.add_argument(f"--{'min' if axis == 'throughput' else 'max'}-{axis}", metavar="X", help=about)

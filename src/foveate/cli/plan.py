@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(subparsers: Any) -> None:
-    parser = add_verb(subparsers, "plan")
-    parser.add_argument("model", nargs="?", default="nano", help="folder or preset (default: nano)")
+    parser = add_verb(subparsers, "plan", model=True)
     parser.add_argument("--image", action="append", default=[], type=size, metavar="WxH", help="a picture, repeatable")
     parser.add_argument("--frames", type=positive_int, metavar="N", help="a clip of N frames")
     parser.add_argument("--frame-size", type=size, metavar="WxH", help="of the clip's frames (default: 1280x720)")

@@ -7,7 +7,6 @@ be reproduced exactly is refused with one line.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -67,16 +66,10 @@ def hf_chat_template(folder: str | Path) -> str | None:
 
 def _json(folder: Path, name: str, *default: Any) -> Any:
     """The content of a JSON file; `default` when it is missing and one is given."""
+    from foveate.files import read_json  # which brings torch
+
     file = folder / name
-    if default and not file.is_file():
-        return default[0]
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds {type(content).__name__}, not an object")
-    return content
+    return default[0] if default and not file.is_file() else read_json(file)
 
 
 # ---- what all families share
