@@ -377,7 +377,7 @@ def test_calibration_finds_falls_and_heads(tiny):
 @pytest.mark.parametrize("keep", [0.1, 0.3, 0.9])
 def test_a_sigmoid_meets_its_budget_and_never_rises(keep, steepness):
     counts = schedule.sigmoid_counts(576, 32, keep, steepness)
-    assert counts[0] == 576 and counts == sorted(counts, reverse=True)
+    assert counts[0] == 576 and list(counts) == sorted(counts, reverse=True)
     assert abs(sum(counts) / 32 - keep * 576) <= 1
 
 
