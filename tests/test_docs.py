@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 import sys
@@ -216,6 +217,15 @@ def test_method_table_shows_paired_differences():
     text = tables.method("uniform", report)
     assert "| `uniform(keep=0.5)` | 0.90x | 0.650 | −0.15 [−0.20, −0.10] | mark −0.40 |" in text
     assert "+ int8" not in text
+
+
+def test_each_skill_is_paired_with_dense_and_with_random_tokens():
+    recipes = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text(encoding="utf-8"))["recipes"]
+    for recipe, result in recipes.items():
+        wanted = {"against_dense", "against_random"} if result["baseline"] else {"against_dense"}
+        for task in result["tasks"].values():
+            assert wanted <= set(task), recipe
+            assert all(task[name]["low"] <= task[name]["value"] <= task[name]["high"] for name in wanted)
 
 
 def test_methods_grid_marks_what_random_tokens_do_as_well():
