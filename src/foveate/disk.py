@@ -1,14 +1,16 @@
-"""Writing to a disk that may be full: one clear line for everything that it refuses."""
+"""Reading JSON, and writing to a disk that may be full: one clear line for everything that fails."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -43,3 +45,14 @@ def plain_errors(what: str | Path, folder: str | Path, way_out: str) -> Iterator
             place = next(place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists())
             reason += f" ({shutil.disk_usage(place).free / 2**20:.0f} MiB free)"
         raise CheckpointError(f"could not write {what}: {reason}; {way_out}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError with the path."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from foveate.disk import umask
+from foveate.disk import read_json, umask
 from foveate.errors import CheckpointError
 
 _log = logging.getLogger("foveate")
@@ -40,17 +40,6 @@ class Stored:
     path: Path
     key: str
     octets: bool = False
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError with the path."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from foveate.data.families import DEFAULTS, family_spec
 from foveate.data.spec import PreprocessSpec
+from foveate.disk import read_json
 from foveate.errors import CheckpointError, InputError, UnsupportedError
 
 RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
@@ -66,8 +67,6 @@ def hf_chat_template(folder: str | Path) -> str | None:
 
 def _json(folder: Path, name: str, *default: Any) -> Any:
     """The content of a JSON file; `default` when it is missing and one is given."""
-    from foveate.files import read_json  # which brings torch
-
     file = folder / name
     return default[0] if default and not file.is_file() else read_json(file)
 
