@@ -5,10 +5,11 @@
 
 A round runs every recipe once, in random order, and a dense request before and after each few of them. Ratios are to
 the mean of the two dense requests around; those against each other tell the noise. The tower runs ahead of the rounds,
-and its features are used in all of them: its own time is the same for all, and each signal is charged to the methods
-that ask for it. Rounds of a busy machine are dropped whole and counted. Weights are random, so what is chosen has no
-meaning, what it costs has. Each size gets an equal share of the minutes that are left; what does not fit is left out
-and named in the file, and `--resume` takes what the file does not hold yet.
+and its features are used in all of them: its time is the same for all that do not change it (where some do, it is taken
+again in every round), and each signal is charged to the methods that ask for it. Rounds of a busy machine are dropped
+whole and counted. Weights are random, so what is chosen has no meaning, what it costs has. Each size gets an equal
+share of the minutes that are left; what does not fit is left out and named in the file, and `--resume` takes what the
+file does not hold yet.
 """
 
 from __future__ import annotations
@@ -96,9 +97,16 @@ class Bench:
             passes.append(Clock(vlm.device))
             with passes[-1].stage("encode"):
                 (self.known["post_projector"],) = self.adapter.encode([self.inputs], [self.plan], signals)
-        self.tower = min(clock.ms["encode"] for clock in passes)
-        self.towers = {"post_projector": self.tower}
+        self.towers = {"post_projector": min(clock.ms["encode"] for clock in passes)}
         self.spent = {name: min(clock.parts[name] for clock in passes) for name in passes[0].parts}
+
+    def time_tower(self) -> float:
+        """Milliseconds of the tower that nothing leaves, timed anew; requests to come count so many."""
+        clock = Clock(self.vlm.device)
+        with clock.stage("encode"):
+            self.adapter.encode([self.inputs], [self.plan])
+        self.towers["post_projector"] = clock.ms["encode"]
+        return clock.ms["encode"]
 
     def encoded(self, steps: tuple[Any, ...]) -> tuple[Any, float, float]:
         """(features with signals, the milliseconds that those which steps ask for took, and those of the tower).
@@ -165,9 +173,9 @@ def measured(
 ) -> dict[str, Any]:
     """All recipes on one request: {"visual", "text", "dense", "rows"}. end: of `time.monotonic`, when no further round
     begins; one there is always."""
-    shape = vlm.adapter.shape
-    wanted = (tower_signals(vlm.adapter, steps_of(reducers, shape)) for reducers in methods.values())
-    bench = Bench(vlm, load, set().union(*wanted))
+    steps = [steps_of(reducers, vlm.adapter.shape) for reducers in methods.values()]
+    bench = Bench(vlm, load, set().union(*(tower_signals(vlm.adapter, own) for own in steps)))
+    changed = any(stop_of(own) == "encoder" for own in steps)
     rng = random.Random(SEED)
     kept: list[dict[str, dict[str, float]]] = []
     dropped: list[dict[str, dict[str, float]]] = []
@@ -186,6 +194,7 @@ def measured(
             order = [name for name in methods if name not in failed]
             rng.shuffle(order)
             times: dict[str, dict[str, float]] = {}
+            tower = bench.time_tower() if changed else bench.towers["post_projector"]
             dense = bench.once(())[0]["prefill"]
             for start in range(0, len(order), NEAR):
                 near = order[start : start + NEAR]
@@ -198,7 +207,7 @@ def measured(
                 following = bench.once(())[0]["prefill"]
                 again.append(following / dense)
                 for name in set(near) & set(times):
-                    times[name]["dense"] = (dense + following) / 2
+                    times[name] |= {"dense": (dense + following) / 2, "dense_tower": tower}
                 dense = following
             (dropped if busy_machine(load_average(), stolen(before, ticks())) else kept).append(times)
             gc.collect()
@@ -206,7 +215,7 @@ def measured(
     gc.enable()
     noisy = len(kept) < max(1, (len(kept) + len(dropped)) // 2)
     used = kept + dropped if noisy else kept
-    dense_ms = float(np.median([t["dense"] for times in used for t in times.values()]))
+    every = [t for times in used for t in times.values()]
     out = [
         {"recipe": name, "failed": failed[name]}
         if name in failed
@@ -222,7 +231,7 @@ def measured(
         "rounds": len(used),
         "discarded": 0 if noisy else len(dropped),
         "noisy": noisy,
-        "dense": {**bench.before, "tower_ms": bench.tower, "prefill_ms": dense_ms},
+        "dense": {**bench.before, "tower_ms": median(every, "dense_tower"), "prefill_ms": median(every, "dense")},
         "signals": {name: round(spent, 3) for name, spent in sorted(bench.spent.items())},
         "again": interval(again),
         "rows": out,
@@ -239,10 +248,12 @@ def costs(bench: Bench, reducers: tuple[Any, ...], row: Any, times: list[dict[st
     share = less["prefill"] / whole["prefill"]
     tower = (less["tower"] + less["connector"]) / (whole["tower"] + whole["connector"])
     opened = sum(bench.before.values())
-    before, dense = opened + bench.tower, median(times, "dense")
+    whole_tower, dense = median(times, "dense_tower"), median(times, "dense")
     after = [t["select"] + t["prefill"] for t in times]
-    ttft = interval([(opened + t["tower"] + a) / (before + t["dense"]) for t, a in zip(times, after)])
-    predicted = (opened + bench.tower * tower + dense * share) / (before + dense)
+    ttft = interval(
+        [(opened + t["tower"] + a) / (opened + t["dense_tower"] + t["dense"]) for t, a in zip(times, after)]
+    )
+    predicted = (opened + whole_tower * tower + dense * share) / (opened + whole_tower + dense)
     return {
         "visual": row.visual,
         "per_layer": list(layers),

@@ -110,13 +110,17 @@ class LayerView:
         return attention_rows(query, keys.float(), at, scale_of(layer))[..., self.visual]
 
     def _mean_attention(self, places: Tensor, following: bool) -> Tensor:
-        """[H, N] mean over the rows of these places, ascending, of their attention over the visual tokens."""
+        """[H, N] mean over the rows of these places, ascending, of their attention over the visual tokens.
+
+        With many rows their products are what costs: they are made in the model's dtype, as its own attention does.
+        """
         layer, states = (self.layer, self.hidden) if following else (self.before, self.entered)
         cos, sin = self.rotary
-        keys = (self._next("k") if following else self.keys).float()
-        query = project(layer, "q", states[places], (cos[places], sin[places])).float() * scale_of(layer)  # [H, R, d]
+        keys = self._next("k") if following else self.keys
+        query = project(layer, "q", states.index_select(0, places), (cos[places], sin[places]))  # [H, R, d]
+        query = query * scale_of(layer)
         size = max(1, HELD.get(query.device.type, HELD["cuda"]) // (len(query) * len(self.hidden)))
-        total = query.new_zeros(len(query), len(self.hidden))
+        total = torch.zeros(len(query), len(self.hidden), device=query.device)
         for rows, at in zip(query.split(size, dim=1), places.split(size)):
             end = int(at[-1]) + 1  # later keys are masked in all of these rows
             total[:, :end] += attention_rows(rows, keys[:, :end], at, 1.0).sum(dim=1)
@@ -145,7 +149,7 @@ def attention_rows(query: Tensor, keys: Tensor, places: Tensor, scale: float) ->
     """
     heads, count = keys.shape[0], query.shape[1]
     grouped = (query * scale if scale != 1 else query).unflatten(0, (heads, -1)).flatten(1, 2)  # [heads, G * R, d]
-    logits = (grouped @ keys.transpose(-1, -2)).unflatten(1, (-1, count)).flatten(0, 1)
+    logits = (grouped @ keys.transpose(-1, -2)).float().unflatten(1, (-1, count)).flatten(0, 1)
     first = int(places.min()) + 1  # from here on some row does not see a key
     if first < keys.shape[1]:
         future = torch.arange(first, keys.shape[1], device=keys.device) > places[:, None]

@@ -58,7 +58,9 @@ def bipartite(
     if r <= 0:
         return Matching(torch.arange(n).expand(batch, n), torch.arange(n).expand(batch, n))
     u = unit(metric)
-    a, b = (u.gather(1, half[..., None].expand(-1, -1, u.shape[-1])) for half in (even, odd))
+    a, b = u[:, ::2], u[:, 1::2]
+    if split is not None:
+        a, b = (u.gather(1, half[..., None].expand(-1, -1, u.shape[-1])) for half in (even, odd))
     scores = a @ b.transpose(1, 2)
     if class_token:
         scores[:, 0] = -torch.inf
