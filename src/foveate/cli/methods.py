@@ -78,8 +78,9 @@ def limits(method: Any) -> list[str]:
         method(keep=1)
     except RecipeError:
         found.append("keep is a fraction, not a number of tokens")
-    if any("cls_" in need for need in method.signals):
-        found.append("on a tower without CLS, attention that a patch receives takes the place of what CLS attends to")
+    options = [need.split("|") for need in method.signals if need.startswith("cls_")]
+    if instead := sorted({name.partition("@")[0] for names in options for name in names if name[:4] != "cls_"}):
+        found.append(f"on a tower without CLS, {' and '.join(instead)} takes the place of what CLS tells")
     if method.sites[0] in ("encoder", "post_encoder"):
         found.append(f"acts at {method.sites[0]} where the family allows it, else at the next place that is named")
     return found
