@@ -32,6 +32,7 @@ from foveate.reduce.text_dominance import TextDominance
 from foveate.reduce.tome import ToMe
 from foveate.reduce.ts_llava import TSLLaVA
 from foveate.reduce.visionzip import VisionZip
+from foveate.registry import METHODS
 from layouts import LAYOUTS, dense, only, signals_for
 
 VARIANTS = {
@@ -321,6 +322,13 @@ def test_a_tile_that_the_whole_picture_points_at_keeps_most(hot):
     assert max(counts) == counts[hot]
 
 
+def test_what_the_tiles_cannot_hold_goes_to_the_whole_picture():
+    layout, whole, *_ = tiles_with(0)
+    method = HiRED(keep=0.95, alpha=0.05)
+    kept = chosen(method, layout).keep
+    assert len(kept) == method.count(len(layout)) and int(torch.isin(whole, kept).sum()) > 0.05 * len(kept)
+
+
 def test_hired_of_the_released_code_counts_runs_of_the_raster_instead_of_tiles():
     layout, _, tiles, first = tiles_with(2)  # upper right tile: its votes lie in the upper half of the raster
     noise = torch.rand(len(layout), generator=torch.Generator().manual_seed(0))
@@ -339,6 +347,18 @@ def test_globalcom2_hands_the_thumbnail_over_in_score_order_as_the_code_does():
     own = [place for place in kept.tolist() if place < len(whole)]
     assert own == strongest(score, len(own)).tolist() != sorted(own)
     assert GlobalCom2(keep=0.4).select(signals, layout).keep.tolist()[: len(own)] == sorted(own)
+
+
+KEEPING = {"dycoke", "fastv", "framefusion", "prunevid", "random", "schedule", "uniform", "yopo"}
+DROPPING = {"flowcut", "hired", "mmtok", "pitome", "prumerge", "tome", "ts_llava", "visiondrop", "visionzip"}
+ROWS = {"holitom", "prunevid", "quota"}
+
+
+def test_positions_and_separators_are_those_of_the_papers():
+    methods = {name: METHODS.get(name) for name in METHODS.names() if METHODS.get(name).socket == "reduce"}
+    assert {name for name, method in methods.items() if method.position == "keep"} == KEEPING
+    assert {name for name, method in methods.items() if method.newline == "drop"} == DROPPING
+    assert {name for name, method in methods.items() if method.newline == "row"} == ROWS
 
 
 # ---- mistakes

@@ -222,6 +222,18 @@ def test_holitom_keeps_what_stands_still_once():
     torch.testing.assert_close(reduction.apply(still), still[:16])
 
 
+def test_static_tokens_of_a_clip_stand_before_the_others_and_a_picture_keeps_its_raster():
+    layout = make([token for frame in range(2) for token in grid_view(1, 4, view=frame, frame=frame)])
+    x = torch.eye(8)
+    x[5], x[7] = x[1], x[3]  # places 1 and 3 stand still
+    signals = {"features": x, "received_attention": torch.arange(8.0)}
+    for method in (HoliTom(keep=0.75), PruneVid(keep=0.75, segments=0.5, threshold=0.5)):
+        assert method.select(signals, layout).keep.tolist() == [1, 3, 0, 2, 4, 6], method.name
+        signals_ = signals_for(HoliTom.signals, LAYOUTS["tiled"])
+        kept = method.select(signals_, LAYOUTS["tiled"]).keep
+        assert kept.tolist() == sorted(kept.tolist()), method.name
+
+
 def test_halving_averages_each_dropped_token_in_turn():
     hidden = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     score = torch.rand(9, generator=torch.Generator().manual_seed(1))

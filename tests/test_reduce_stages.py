@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from families import clip, picture, tiny
+from foveate.adapters.shape import Shape
 from foveate.data.sample import VideoSource
-from foveate.errors import RecipeError
+from foveate.errors import BudgetError, RecipeError
 from foveate.reduce.base import tokens_per_layer
 from foveate.reduce.dycoke import DyCoke
 from foveate.reduce.flowcut import FlowCut, leaving
@@ -21,6 +22,7 @@ from foveate.reduce.tome import ToMe
 from foveate.runtime import Clock, open_batch
 from foveate.vlm import Request
 from layouts import LAYOUTS, make, single
+from layouts import clip as frames_of
 from reduce_oracle import recorded, replayed, rows_of
 
 PICTURES = [picture(0), picture(1, 30, 90)]
@@ -81,6 +83,55 @@ def test_even_attention_lets_few_patches_go_and_sharp_attention_many():
     assert leaving(even, 20, 4) == 0
     assert leaving(sharp, 20, 4) > 35
     assert leaving(even, 20, 0) == 80  # at the end all above the target go
+
+
+def flowed(attention, of_cls, values, heads):
+    """The score of one block written out: attention [n], the values of CLS [H * d] and of the patches [n, H * d]."""
+    norm = values.unflatten(-1, (heads, -1)).mean(dim=1).abs().sum(dim=-1)
+    semantic = torch.zeros(len(values))
+    for one, others in zip(of_cls.chunk(heads), values.chunk(heads, dim=-1)):
+        weight = torch.exp(others @ one)
+        semantic += weight / (weight.sum() + torch.exp(one @ one)) / heads
+    return (attention / attention.sum() + semantic / semantic.sum()) * norm
+
+
+def test_flowcut_cuts_in_every_second_block_by_what_has_flowed_so_far():
+    generator = torch.Generator().manual_seed(0)
+    method = FlowCut(keep=0.2)
+    steps = method.steps(Shape(blocks=6, layers=4, cls=True, heads=2))
+    assert [step.layer for step in steps] == [0, 1, 2, 3, 4]  # the last block runs on what is left
+    views = [make(single(4, 6)).features(), make(single(3, 4, view=1)).features()]
+    targets, totals = [5, 2], [None, None]
+    for step, left in zip(steps, (4, 3, 2, 1, 0)):
+        for i, (layout, target) in enumerate(zip(views, targets)):
+            n = len(layout)
+            attention = torch.rand(n, generator=generator) ** 4
+            of_cls, values = (torch.randn(*size, generator=generator) for size in ((8,), (n, 8)))
+            score = flowed(attention, of_cls, values, 2)
+            total = score if totals[i] is None else (totals[i] + score) / 2
+            gone = 0 if left % 2 else leaving(attention[None], target, left)
+            expected = total.topk(n - gone).indices.sort().values
+            kept = step.select({"cls_attention": attention, "cls_value": of_cls, "values": values}, layout).keep
+            assert kept.tolist() == expected.tolist()
+            assert left or len(kept) == target
+            views[i], totals[i] = layout[kept], total[kept]
+
+
+def test_flowcut_after_the_encoder_sums_up_its_last_blocks():
+    layout = LAYOUTS["two"]
+    views, heads = layout.groups("view"), 2
+    generator = torch.Generator().manual_seed(0)
+    signals, expected = {}, torch.zeros(len(layout))
+    for block, share in ((-2, 0.5), (-1, 0.5)):
+        attention = torch.rand(len(layout), heads, generator=generator)
+        of_cls, values = (torch.randn(n, 8, generator=generator) for n in (len(views), len(layout)))
+        signals |= {f"cls_attention@{block}": attention, f"cls_value@{block}": of_cls, f"values@{block}": values}
+        for own, view in zip(of_cls, views):
+            expected[view] += share * flowed(attention[view].mean(dim=1), own, values[view], heads)
+    torch.testing.assert_close(FlowCut(keep=0.5).score(signals, layout), expected)
+    for blocks, asked in ((9, {-4, -3, -2, -1}), (2, {-2, -1})):
+        (step,) = FlowCut(keep=0.5).steps(Shape(blocks=blocks, layers=4, sites=("post_encoder",)))
+        assert {int(need.rpartition("@")[2]) for need in step.signals} == asked
 
 
 # ---- inside the language model
@@ -153,6 +204,23 @@ def test_framefusion_merges_runs_in_time_and_then_prunes_to_the_budget():
     kept, progress = prune_call(attention, place[kept], progress, 0.3, 10)
     assert kept.tolist() == [0, 3, 4] or len(kept) == 2 + round(3 * (1 - remaining((0.5,), 0.3, 10)))
     assert progress.pruning_done
+    exact = merge_call(hidden, place, Progress(), 0.3, 10, 1.0, 0.5)  # from the similarity on, and least is enough
+    assert len(exact[0]) == 5 and not exact[2].merging_done
+    with pytest.raises(BudgetError, match="1 of 10 layers already cost more"):
+        remaining((0.0,), 0.05, 10)
+
+
+def test_framefusion_merges_no_clip_with_another_and_leaves_one_token_where_the_budget_is_spent():
+    layout = make([*frames_of(4, 3, 2, media=0), *frames_of(4, 3, 2, media=1)]).features()
+    first, *_ = FrameFusion(keep=0.1).steps(Shape(blocks=1, layers=8))
+    kept = first.select({"features": torch.ones(len(layout), 4)}, layout).keep
+    assert kept.tolist() == [*range(6), *range(20, 26)]  # the first frame of each
+    first, second = FrameFusion(keep=0.3).steps(Shape(blocks=1, layers=2))
+    states = torch.randn(len(layout), 64, generator=torch.Generator().manual_seed(0))
+    assert len(first.select({"features": states}, layout).keep) == len(layout) == 40
+    attention = torch.arange(40) % 7
+    kept = second.select({"hidden": states, "last_attention": attention[None].float()}, layout).keep
+    assert kept.tolist() == [6]
 
 
 # ---- while decoding
@@ -176,6 +244,14 @@ def test_dycoke_attends_to_a_share_and_chooses_anew_when_attention_moves(strict)
             assert [len(places) for places in kept[1:]] == [row.kept] * (len(TOKENS) - 1)
 
 
+def test_dycoke_compares_attention_with_that_of_the_step_before():
+    layout, shape = make(single(2, 4)).features(), Shape(blocks=1, layers=4)
+    *_, step = DyCoke(keep=1.0, decode=0.25, layer=1, similarity=0.9).steps(shape)
+    one, other = torch.eye(8)[:2] + torch.tensor([0.01] * 7 + [0.02])
+    chosen = [step.select({"last_attention": row[None]}, layout).keep.tolist() for row in (one, other, one, one)]
+    assert chosen == [[0, 7], [1, 7], [0, 7], [0, 7]]
+
+
 @torch.inference_mode()
 def test_attending_to_all_while_decoding_changes_nothing():
     vlm = tiny("llava_onevision")
@@ -185,6 +261,11 @@ def test_attending_to_all_while_decoding_changes_nothing():
     few = run(vlm, Request("what?", clip(5), reduce=DyCoke(keep=0.8, decode=0.1, layer=1)))[2]
     torch.testing.assert_close(whole[0], few[0], atol=1e-5, rtol=1e-5)  # the prompt itself is not touched
     assert not torch.allclose(whole[1], few[1], atol=1e-4)
+
+
+def test_later_stages_round_as_the_released_codes_do():
+    assert [FlowCut(keep=1.0, inner=0.3).count_inside(n) for n in (5, 9, 1)] == [1, 2, 1]
+    assert [HoliTom(keep=1.0, inner=0.5).count_inside(n) for n in (5, 7, 1)] == [2, 4, 1]
 
 
 @pytest.mark.parametrize(
