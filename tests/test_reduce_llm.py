@@ -354,6 +354,18 @@ def test_contributions_weigh_both_directions_and_remember_earlier_layers():
     assert contributions(torch.zeros(3), torch.ones(3), torch.zeros(3)).tolist() == [0, 0, 0]
 
 
+def test_stages_of_pyramiddrop_are_truncated_fractions_of_what_entered():
+    halving = PyramidDrop(keep=0.125)
+    assert [[halving.left(stage, n) for stage in range(3)] for n in (576, 10, 3)] == [
+        [288, 144, 72],
+        [5, 2, 1],
+        [1, 1, 1],
+    ]
+    assert [PyramidDrop(keep=7).left(2, n) for n in (576, 7, 3)] == [7, 7, 3]
+    given = PyramidDrop(keep=0.5, ratios=(0.5, 0.5, 0.1))
+    assert [given.left(stage, 9) for stage in range(3)] == [4, 4, 1]
+
+
 def test_stages_follow_the_fall():
     method = AdaToken3D(keep=0.25, layers=(1, 2, 3), fall=(0.5, 0.5, 1.0))
     assert [method.left(stage, 64) for stage in range(3)] == [32, 32, 16]
@@ -397,6 +409,7 @@ def test_found_rates_are_what_the_layers_see(tiny):
     request = Request("what?", PICTURE, reduce="schedule(keep=1.0, rates=[0.5, 0.5, 0.25])")
     batch, _ = decoded(tiny, [request], [])
     assert batch.rows[0].per_layer == [48, 24, 12]
+    assert list(schedule.Schedule(keep=1.0, rates=(1.0, 0.5, 0.5)).counts(5, 3)) == [5, 3, 3]  # halves are rounded up
 
 
 def test_the_searches_run_on_a_model(tiny):

@@ -33,7 +33,7 @@ from foveate.reduce.tome import ToMe
 from foveate.reduce.ts_llava import TSLLaVA
 from foveate.reduce.visionzip import VisionZip
 from foveate.registry import METHODS
-from layouts import LAYOUTS, dense, only, signals_for
+from layouts import LAYOUTS, dense, make, only, signals_for, single
 
 VARIANTS = {
     "divprune": DivPrune,
@@ -214,6 +214,12 @@ def test_mmtok_covers_the_text_and_the_view_at_least_to_its_bound():
     torch.testing.assert_close(rows.sum(dim=1), torch.tensor([1 / 4] * 4 + [0.5 / 9] * 9))
     best = max(float(rows[:, list(c)].amax(dim=1).sum()) for c in itertools.combinations(range(9), 3))
     assert float(rows[:, coverage(rows, 3)].amax(dim=1).sum()) >= (1 - 1 / 2.718281828) * best
+
+
+def test_mmtok_covers_the_view_as_the_encoder_sees_it():
+    hidden = torch.eye(4)[[0, 0, 0, 1]]
+    signals = {"features": torch.ones(4, 4), "hidden@-1": hidden, "text_embeddings": torch.ones(2, 4)}
+    assert MMTok(keep=2).select(signals, make(single(2, 2))).keep.tolist() == [0, 3]
 
 
 def test_coverage_takes_the_earliest_of_equal_columns_however_few_are_looked_at():

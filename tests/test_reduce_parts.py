@@ -17,10 +17,10 @@ from foveate.reduce.grid import blocks, overview, seen_by, stitched, unpadded
 from foveate.reduce.holitom import HoliTom, halving, segment
 from foveate.reduce.merge import Matching, Part, as_part, bipartite, joined, reduction, rounds
 from foveate.reduce.mmtok import keywords
-from foveate.reduce.pitome import energy_matching
-from foveate.reduce.prumerge import PruMerge, selected
-from foveate.reduce.prunevid import PruneVid, refine
-from foveate.reduce.quota import Quota, quotas
+from foveate.reduce.pitome import PiToMe, energy_matching, merge_ratio
+from foveate.reduce.prumerge import PruMerge, outlier_ratio, selected
+from foveate.reduce.prunevid import PruneVid, cut, refine, static_places
+from foveate.reduce.quota import Quota, compressing, frame_weights, likeness_to_words, quotas
 from foveate.reduce.select import rest, unit
 from foveate.reduce.signals import per_view
 from foveate.reduce.ts_llava import TSLLaVA
@@ -159,6 +159,17 @@ def test_a_token_of_high_energy_merges_and_one_that_stands_alone_is_protected():
     assert all(int((matching.slot[0] == slot).sum()) == 1 for slot in alone)
     with pytest.raises(BudgetError, match="at most 4"):
         energy_matching(metric, 5, 0.5)
+    with pytest.raises(BudgetError, match="3 of 5 tokens"):
+        energy_matching(metric[:, :5], 3, 0.5)
+
+
+def test_the_margin_of_pitome_falls_with_depth():
+    metric = torch.randn(1, 24, 3, generator=torch.Generator().manual_seed(0))
+    slots = {margin: energy_matching(metric, 6, margin).slot.tolist() for margin in (0.9, 0.675, 0.45)}
+    assert len({str(slot) for slot in slots.values()}) == 3
+    for depth, margin in ((0.0, 0.9), (0.25, 0.675), (0.5, 0.45)):
+        assert PiToMe(keep=0.5).match(metric, 6, depth).slot.tolist() == slots[margin]
+    assert merge_ratio(metric[:, :11], 0.52, 0.5, class_token=True).place.shape == (1, 11 - 4)  # of ten without CLS
 
 
 def test_density_peaks_find_separate_clusters():
@@ -187,6 +198,7 @@ def test_prumerge_selects_as_many_again_and_outliers_only_when_adaptive():
     assert kept[:2] == [40, 3] and len(kept) == 3  # and one for all the others
     assert len(selected(attention, 0.1, plus=True)) == 12
     assert selected(attention, 1 / 3, plus=True, adaptive=True).shape[0] == 60  # the smallest step is one place
+    assert outlier_ratio(torch.ones(8)) == 0  # even attention has none
     assert PruMerge(keep=20).exact and not PruMerge(keep=20, adaptive=True).exact
 
 
@@ -234,6 +246,15 @@ def test_static_tokens_of_a_clip_stand_before_the_others_and_a_picture_keeps_its
         assert kept.tolist() == sorted(kept.tolist()), method.name
 
 
+def test_holitom_clusters_a_share_of_what_was_not_chosen():
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    part = HoliTom(keep=0.5, contextual=0.5).dynamic(x, torch.arange(8.0).flip(0), torch.arange(8), 0.5)
+    assert part.keep[:2].tolist() == [0, 1] and len(part.keep) == 4
+    torch.testing.assert_close(part.weights.sum(dim=1), torch.ones(4))
+    assert torch.equal(part.weights[2:, :2], torch.zeros(2, 2))
+    assert bool((part.weights[torch.arange(4), part.keep] > 0.5).all())
+
+
 def test_halving_averages_each_dropped_token_in_turn():
     hidden = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
     score = torch.rand(9, generator=torch.Generator().manual_seed(1))
@@ -269,8 +290,21 @@ def test_quota_gives_frames_by_their_scores_and_drops_those_without():
     assert shares[0] == 0 < shares[1] == shares[3] < shares[2] == 16
     with pytest.raises(InputError, match="2 scores for 4 frames"):
         Quota(keep=0.5, scores=(0.1, 0.2)).select(signals, layout)
+    pair = make([token for media in (0, 1) for token in clip(3, 4, 4, media=media) if token["frame"] < 2]).features()
+    kept = Quota(keep=0.5, scores=(1.0, 0.0, 0.0, 1.0)).select(signals_for(Quota.signals, pair), pair).keep
+    assert set((kept // 16).tolist()) == {0, 3}
+    assert frame_weights(torch.zeros(4)).tolist() == [0.25] * 4
     assert quotas(torch.tensor([0.9, 0.1, 0.1]), 100, 40, "v1")[0] > 40
     assert quotas(torch.tensor([0.9, 0.1, 0.1]), 100, 40, "v3")[0] == 40  # a frame has no more
+
+
+def test_quota_never_makes_a_map_longer_or_wider():
+    x = torch.randn(16, 8)
+    assert [compressing(x, (2, 8), 9, "v1", enlarge=enlarge)[1] for enlarge in (False, True)] == [(2, 3), (3, 3)]
+    layout = make(grid_view(2, 8, frame=0))
+    signals = {"features": x, "text_embeddings": torch.randn(3, 8)}
+    assert len(Quota(keep=9).select(signals, layout).keep) == 6
+    assert likeness_to_words(torch.eye(3)[[0, 1]], torch.eye(3)[:1]).tolist() == pytest.approx([1.0, 0.1])
 
 
 def test_quota_asks_less_of_frames_that_do_not_look_like_the_question():
@@ -284,6 +318,18 @@ def test_quota_asks_less_of_frames_that_do_not_look_like_the_question():
 def test_prunevid_keeps_only_long_runs_of_a_cluster():
     assert refine(torch.tensor([0, 0, 1, 0, 2, 2, 2])).tolist() == [0, 0, 2, 2, 2, 2, 2]
     assert refine(torch.tensor([5, 4])).tolist() == [0, 0]
+
+
+def test_prunevid_cuts_a_clip_by_the_means_of_the_tokens_that_a_frame_has():
+    layout = make([token for f in range(8) for token in grid_view(1, 4 if f < 6 else 2, view=f, frame=f)])
+    (table,) = clips(layout)
+    method = PruneVid(keep=0.5, threshold=0.3)
+    still, *moving = method.sets(at(torch.ones(len(layout), 4), table), table)
+    assert torch.equal(still, table[:, :2])  # one segment, though its last frames are smaller
+    assert [source.tolist() for source in moving] == [[row[2:]] for row in table[:6].tolist()]
+    frames = torch.tensor([[0.0], [0.0], [0.0], [9.0], [9.0]])
+    assert cut(frames, 0.3) == [(0, 5)] and cut(frames, 0.4) == [(0, 3), (3, 5)]
+    assert not static_places(torch.randn(1, 99, 7, generator=torch.Generator().manual_seed(0)), 0.5).any()
 
 
 def test_prunevid_averages_what_stands_still():

@@ -16,7 +16,7 @@ from foveate.reduce.dycoke import DyCoke
 from foveate.reduce.flowcut import FlowCut, leaving
 from foveate.reduce.framefusion import FrameFusion, Progress, merge_call, prune_call, remaining
 from foveate.reduce.holitom import HoliTom
-from foveate.reduce.prunevid import PruneVid
+from foveate.reduce.prunevid import PruneVid, attended
 from foveate.reduce.quota import Quota, score_frames
 from foveate.reduce.tome import ToMe
 from foveate.runtime import Clock, open_batch
@@ -165,7 +165,7 @@ def test_a_second_stage_leaves_its_share_and_decoding_follows(method, family):
 
 @torch.inference_mode()
 def test_prunevid_takes_the_same_share_of_every_set():
-    layout, sets = LAYOUTS["single"], torch.arange(54) % 3
+    layout = LAYOUTS["single"]
     method = PruneVid(keep=1.0, text_keep=0.5)
     first, second = method.steps(tiny("qwen2_5_vl").adapter.shape)
     kept = first.select({"features": torch.randn(54, 8)}, layout).keep
@@ -174,7 +174,16 @@ def test_prunevid_takes_the_same_share_of_every_set():
     chosen = second.select({"text_attention": attention}, layout).keep  # one picture is one set
     assert len(chosen) == 27 == second.count(54, 54)
     assert set(chosen.tolist()) == set(attention.amax(dim=(0, 1)).topk(27).indices.tolist())
-    assert sets.bincount().tolist() == [18, 18, 18]
+    layout = LAYOUTS["tiled"]  # its tiles are sets of their own, though they read as one map
+    first, second = method.steps(tiny("qwen2_5_vl").adapter.shape)
+    first.select({"features": torch.randn(len(layout), 8)}, layout)
+    attention = torch.rand(2, 3, len(layout), generator=torch.Generator().manual_seed(1))
+    chosen = second.select({"text_attention": attention}, layout).keep
+    for view in layout.groups("view"):
+        assert int(torch.isin(view, chosen).sum()) == len(view) // 2
+    assert attended(attention[..., :4], torch.arange(4), 0.5).tolist() == [
+        int(attention[..., :4].amax((0, 1)).argmax())
+    ]
 
 
 @pytest.mark.parametrize("keep", [0.7, 0.4])
