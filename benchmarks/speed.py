@@ -4,12 +4,11 @@
     python benchmarks/speed.py --presets smolvlm-256m:1f,1024x768 --minutes 5 --resume
 
 A round runs every recipe once, in random order, and a dense request before and after each few of them. Ratios are to
-the mean of the two dense requests around; those against each other tell the noise. The tower runs ahead of the rounds,
-and its features are used in all of them: its time is the same for all that do not change it (where some do, it is taken
-again in every round), and each signal is charged to the methods that ask for it. Rounds of a busy machine are dropped
-whole and counted. Weights are random, so what is chosen has no meaning, what it costs has. Each size gets an equal
-share of the minutes that are left; what does not fit is left out and named in the file, and `--resume` takes what the
-file does not hold yet.
+the mean of the two dense requests around; those against each other tell the noise. The tower that nothing leaves runs
+once at the head of each round: its time is the same for all that do not change it, and each of its signals is charged
+to the methods that ask for it. Rounds of a busy machine are dropped whole and counted. Weights are random, so what is
+chosen has no meaning, what it costs has. Each size gets an equal share of the minutes that are left; what does not fit
+is left out and named in the file, and `--resume` takes what the file does not hold yet.
 """
 
 from __future__ import annotations
@@ -60,8 +59,6 @@ TABLE = (
 )
 """Presets and sizes of the committed table: one small size for the break-even point, one or more of 700 to 3,000 visual
 tokens, cheap ones first, so that the time they leave over goes to the others."""
-SLOW_TOWER = 10_000
-"""Milliseconds above which the tower runs once and not twice."""
 NEAR = 13
 """Recipes between two dense requests."""
 
@@ -91,22 +88,16 @@ class Bench:
         self.before = {"decode_image_ms": clock.ms[OPENING], "preprocess_ms": clock.ms["preprocess"]}
         self.visual = len(self.adapter.layout(self.plan).features())
         self.text = self.plan.num_tokens - self.visual
-        passes: list[Clock] = []
-        self.known: dict[str, Any] = {}
-        while len(passes) < (1 if passes and passes[0].ms["encode"] > SLOW_TOWER else 2):
-            passes.append(Clock(vlm.device))
-            with passes[-1].stage("encode"):
-                (self.known["post_projector"],) = self.adapter.encode([self.inputs], [self.plan], signals)
-        self.towers = {"post_projector": min(clock.ms["encode"] for clock in passes)}
-        self.spent = {name: min(clock.parts[name] for clock in passes) for name in passes[0].parts}
+        self.wanted = signals
+        self.known = {"post_projector": self.time_tower()}
 
-    def time_tower(self) -> float:
-        """Milliseconds of the tower that nothing leaves, timed anew; requests to come count so many."""
+    def time_tower(self) -> Any:
+        """Features and signals of the tower that nothing leaves. Requests to come count the time that they took."""
         clock = Clock(self.vlm.device)
         with clock.stage("encode"):
-            self.adapter.encode([self.inputs], [self.plan])
-        self.towers["post_projector"] = clock.ms["encode"]
-        return clock.ms["encode"]
+            (part,) = self.adapter.encode([self.inputs], [self.plan], self.wanted)
+        self.towers, self.spent = {"post_projector": clock.ms["encode"]}, clock.parts
+        return part
 
     def encoded(self, steps: tuple[Any, ...]) -> tuple[Any, float, float]:
         """(features with signals, the milliseconds that those which steps ask for took, and those of the tower).
@@ -117,10 +108,10 @@ class Bench:
             with clock.stage("encode"):
                 (part,) = encode(self.adapter, [self.plan], [self.inputs], [steps])
             return part, clock.ms["select"], clock.ms["encode"]
-        if stop not in self.known:
+        if stop not in self.towers:
             clock = Clock(self.vlm.device)
             with clock.stage("encode"):
-                (self.known[stop],) = self.adapter.encode([self.inputs], [self.plan], set(self.spent), stop=stop)
+                (self.known[stop],) = self.adapter.encode([self.inputs], [self.plan], self.wanted, stop=stop)
             self.towers[stop] = clock.ms["encode"]
         part = self.known[stop]
         free = {
@@ -173,9 +164,9 @@ def measured(
 ) -> dict[str, Any]:
     """All recipes on one request: {"visual", "text", "dense", "rows"}. end: of `time.monotonic`, when no further round
     begins; one there is always."""
-    steps = [steps_of(reducers, vlm.adapter.shape) for reducers in methods.values()]
-    bench = Bench(vlm, load, set().union(*(tower_signals(vlm.adapter, own) for own in steps)))
-    changed = any(stop_of(own) == "encoder" for own in steps)
+    shape = vlm.adapter.shape
+    wanted = (tower_signals(vlm.adapter, steps_of(reducers, shape)) for reducers in methods.values())
+    bench = Bench(vlm, load, set().union(*wanted))
     rng = random.Random(SEED)
     kept: list[dict[str, dict[str, float]]] = []
     dropped: list[dict[str, dict[str, float]]] = []
@@ -194,7 +185,8 @@ def measured(
             order = [name for name in methods if name not in failed]
             rng.shuffle(order)
             times: dict[str, dict[str, float]] = {}
-            tower = bench.time_tower() if changed else bench.towers["post_projector"]
+            bench.time_tower()
+            tower = bench.towers["post_projector"]
             dense = bench.once(())[0]["prefill"]
             for start in range(0, len(order), NEAR):
                 near = order[start : start + NEAR]

@@ -19,7 +19,11 @@ def speed(name: str, report: Row | None) -> str:
     parts, found = [], False
     for run in report["runs"]:
         for size in run["sizes"]:
-            rows = [_speed_row(row, run) for row in size["rows"] if _is_of(row["recipe"], name) and "failed" not in row]
+            rows = [
+                _speed_row(row, run, size["dense"])
+                for row in size["rows"]
+                if _is_of(row["recipe"], name) and "failed" not in row
+            ]
             if not rows:
                 continue
             found = True
@@ -27,6 +31,7 @@ def speed(name: str, report: Row | None) -> str:
                 "recipe",
                 "selection / dense prefill",
                 "of it in the tower",
+                "selection / dense TTFT",
                 "TTFT / dense [95 %]",
                 "FLOPs predict",
                 "over it",
@@ -87,7 +92,7 @@ def _speed_title(run: Row, size: Row) -> str:
     )
 
 
-def _speed_row(row: Row, run: Row) -> list[str]:
+def _speed_row(row: Row, run: Row, dense: Row) -> list[str]:
     selection, ttft, over = row["selection_share"], row["ttft_ratio"], row["ttft_over_predicted"]
     crossing = run["break_even"][row["recipe"]]
     least, most = crossing["points"][0], crossing["points"][-1]
@@ -99,6 +104,7 @@ def _speed_row(row: Row, run: Row) -> list[str]:
         f"`{row['recipe']}`",
         f"{selection['value']:.1%}" + (" ✗" if selection["value"] > SELECTION else ""),
         f"{row['signals_ms'] / row['select_ms']:.0%}" if row["signals_ms"] >= 0.1 else "",
+        f"{row['select_ms'] / sum(dense.values()):.1%}",
         f"{ttft['value']:.3f} [{ttft['low']:.3f}, {ttft['high']:.3f}]",
         f"{row['ttft_predicted']:.3f}" if known else "",
         (f"{over - 1:+.1%}".replace("-", "−") + (" ✗" if abs(over - 1) > BEYOND else "")) if known else "",
