@@ -336,6 +336,11 @@ def test_bench_json_has_the_promised_keys(run, nano_folder, monkeypatch):
     code, out, _ = run(*argv, "--memory", "--break-even")
     assert code == 0 and crossing["text"] in out and "peak memory" in out and "2 MB" in out
     fails(run("bench", nano_folder, "--break-even"), "--break-even", "--reduce")
+    given = []
+    monkeypatch.setattr(requests, "bench", lambda *a, **k: given.append(k["recipe"].text()) or result)
+    whole = [*argv, "--recipe", "fastervlm(keep=0.5) + kivi(bits=4)"]
+    assert run(*whole)[0] == 0 and given == ["kivi(bits=4) + uniform(keep=0.25)"]  # in the place of the recipe's own
+    fails(run(*argv[:2], "--reduce", "kivi(bits=4)"), "--reduce takes token reductions", "--recipe")
     fails(run("bench", nano_folder, "--memory", "--frames", 4), "--memory", "--frames")
 
 

@@ -84,6 +84,10 @@ class Recipe:
         """Its methods of one socket, in order."""
         return tuple(method for method in self.methods if method.socket == socket)
 
+    def without(self, socket: str) -> Recipe:
+        """The same without its methods of one socket."""
+        return Recipe(tuple(method for method in self.methods if method.socket != socket))
+
     # ---- on a model
 
     def check(self, vlm: VLM) -> None:

@@ -11,6 +11,7 @@ from foveate.cli.common import (
     add_verb,
     human,
     parse_recipe,
+    parse_reduce,
     positive_int,
     print_json,
     print_table,
@@ -52,9 +53,11 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    recipe, against, reduce = parse_recipe(args.recipe), parse_recipe(args.against), parse_recipe(args.reduce)
-    if reduce:
-        recipe = recipe + reduce if recipe else reduce
+    from foveate.recipe import Recipe
+
+    recipe, against, reduce = parse_recipe(args.recipe), parse_recipe(args.against), parse_reduce(args.reduce)
+    if reduce is not None:
+        recipe = (recipe.without("reduce") if recipe else Recipe()) + reduce
     if args.break_even and (not recipe or against):
         raise InputError("--break-even compares a recipe with the model as it is; give --recipe or --reduce alone")
     if args.memory and (args.frames or args.batch > 1):
