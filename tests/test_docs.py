@@ -184,9 +184,9 @@ def test_speed_tables_mark_missed_targets():
     run["break_even"] = {one["recipe"]: pays for one in (row, slow, masks)}
     report = {"runs": [run], "skipped": [{"preset": "q", "size": [96, 64], "frames": None}]}
     text = tables.speed("", report)
-    assert "| `fastv(keep=0.25)` | 1.0% |  | 0.700 [0.600, 0.800] | 0.686 | +2.0% | ≤ 196 |" in text
-    assert "| `hired(keep=0.25)` | 4.0% ✗ | 75% |" in text and "−15.0% ✗" in text and "`tome" not in text
-    assert "| `yopo(keep=0.25)` | 1.0% |  | 0.700 [0.600, 0.800] |  |  |" in text
+    assert "| `fastv(keep=0.25)` | 1.0% |  | 0.3% | 0.700 [0.600, 0.800] | 0.686 | +2.0% | ≤ 196 |" in text
+    assert "| `hired(keep=0.25)` | 4.0% ✗ | 75% | 1.2% |" in text and "−15.0% ✗" in text and "`tome" not in text
+    assert "| `yopo(keep=0.25)` | 1.0% |  | 0.3% | 0.700 [0.600, 0.800] |  |  |" in text
     assert "in 2 of 3 rows" in text and "predict in 1 of 2. Left out for want of time: `q`, 96x64." in text
     assert "a clip of 4 frames: 784 visual" in text and "3 rounds, 1 dropped" in text
     assert "hired" not in tables.speed("fastv", report) and "no recipe of `random`" in tables.speed("random", report)
