@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -19,10 +20,12 @@ from foveate.reduce.base import Reducer, Reduction, layer_index, tokens_per_laye
 from foveate.reduce.fastervlm import FasterVLM
 from foveate.reduce.fastv import FastV
 from foveate.reduce.pyramiddrop import PyramidDrop
+from foveate.reduce.sparsevlm import SparseVLM
 from foveate.reduce.uniform import Uniform
 from foveate.reduce.yopo import YOPO, head_votes, neighbours
 from foveate.vlm import Request
 from goldens_io import goldens_dir
+from layouts import make, single
 from reduce_oracle import decoded, masked, rows_of
 
 RNG = np.random.default_rng(4)
@@ -400,8 +403,33 @@ def test_g_search_finds_the_least_of_every_layer():
         return float(all(have >= want for have, want in zip(counts, needed)))
 
     assert schedule.g_search(quality, 6, 50, 1.0) == needed
-    best = schedule.steepest(lambda method: -abs(method.steepness - 9.0), keep=0.3, tries=14)
-    assert 6 < best.steepness < 13 and best.keep == 0.3
+    tried = []
+
+    def near_nine(method):
+        tried.append(abs(method.steepness - 9.0))
+        return -tried[-1]
+
+    best = schedule.steepest(near_nine, keep=0.3, tries=14)
+    assert abs(best.steepness - 9.0) == min(tried) < 4 and best.keep == 0.3 and len(tried) == 14
+
+
+def test_a_schedule_keeps_what_all_heads_together_attend_to():
+    layout, attention = make(single(1, 4)), torch.tensor([[0.9, 0.0, 0.1, 0.0], [0.0, 0.8, 0.8, 0.0]])
+    method = schedule.Schedule(keep=0.75)
+    signals = {"mean_text_attention": attention, "entered": torch.tensor(4)}
+    assert method.select(signals, layout, layer=1, layers=2).keep.tolist() == [0, 2]
+    assert sum(schedule.Schedule(keep=24).counts(48, 3)) == pytest.approx(3 * 24, abs=3)
+
+
+def test_the_quality_of_a_schedule_overlooks_case_and_blanks():
+    answering = SimpleNamespace(answer=lambda asked, new: [SimpleNamespace(text=" Red\n") for _ in asked])
+    quality = schedule.quality_on(answering, [Request("what?")] * 2, [["RED ", "x"], ["blue"]])
+    assert quality(schedule.Schedule(keep=1.0)) == 0.5
+
+
+def test_sparsevlm_scales_its_tables_to_other_budgets_and_numbers_of_tokens():
+    for keep, total in ((32, 288), (64 / 576, 288), (32, 576), (32 / 576, 576)):
+        assert [SparseVLM(keep=keep).target(stage, total) for stage in range(3)] == [33, 15, 9]
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from foveate.adapters.layout import VALID, VisualLayout
+from foveate.adapters.shape import Shape
 from foveate.llm_signals import LayerView
 from foveate.reduce import sparsevlm
 from foveate.reduce.base import layer_index
@@ -223,3 +224,30 @@ CASES = {
 def test_golden_tokens_in_the_language_model(case):
     method, values = CASES[case]
     CHECKS[method](values)
+
+
+# ---- what the files do not say
+
+
+def test_sparsevlm_plus_divides_by_what_the_rotary_embedding_alone_would_give():
+    signals = {
+        "text_attention": torch.tensor([[[0.4, 0.3, 0.2, 0.1], [0.0, 0.0, 0.0, 1.0]]]),
+        "text_prior": torch.tensor([[4.0, 1.0, 1.0, 0.1], [1.0, 1.0, 1.0, 1.0]]),
+        "text_input": torch.tensor([[1.0], [-1.0]]),  # the first word alone rates
+        "visual_input": torch.ones(4, 1),
+        "entered": torch.tensor(4),
+    }
+    for prior, kept in ((True, [1, 3]), (False, [0, 1])):
+        method = SparseVLM(keep=2, version="v2", prior=prior)
+        assert method.select(signals, line(4)).keep.tolist() == kept
+    shape = Shape(blocks=1, layers=32)
+    for version, position in (("v1", "renumber"), ("v2", "keep")):
+        assert {step.position for step in SparseVLM(keep=0.5, version=version).steps(shape)} == {position}
+
+
+def test_clusters_of_sparsevlm_stand_at_their_centres():
+    hidden = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    order = torch.arange(15, 40).flip(0)
+    centres, weights = sparsevlm.clustered(hidden, order)
+    assert len(centres) == 3 and set(centres.tolist()) <= set(order.tolist())
+    assert bool((weights[torch.arange(3), centres] > 0).all()) and not weights[:, :15].any()

@@ -279,6 +279,7 @@ def test_the_threshold_lets_at_most_k_pass_and_ties_fall_together(values, k):
 
 
 def test_text_dominance_keeps_fewer_where_attention_ties():
+    assert [TextDominance(keep=0.5).count(n) for n in (5, 4, 1)] == [2, 2, 1]
     layout = LAYOUTS["single"]
     score = torch.linspace(0, 1, len(layout))
     score[-20:-5] = 1.5  # these tie at the threshold

@@ -77,6 +77,22 @@ def test_a_block_merges_its_share_and_the_last_one_what_is_left():
     assert float(layout.size.sum()) == 54
 
 
+def test_a_block_matches_the_mean_keys_of_its_heads_at_its_depth():
+    seen = []
+
+    class Watched(ToMe):
+        def match(self, metric, r, depth):
+            seen.append((metric[0], depth))
+            return super().match(metric, r, depth)
+
+    layout, keys = make(single(6, 9)).features(), torch.randn(54, 16, generator=torch.Generator().manual_seed(0))
+    reduction = Watched(keep=10).select_in_block({"keys": keys}, layout, 1, 4, heads=2)
+    ((metric, depth),) = seen
+    torch.testing.assert_close(metric, (keys[:, :8] + keys[:, 8:]) / 2)
+    assert {step.where for step in ToMe(keep=10).steps(Shape(blocks=3, layers=4))} == {"mid"}
+    assert depth == 0.25 and reduction.keep.tolist() == sorted(reduction.keep.tolist())
+
+
 def test_even_attention_lets_few_patches_go_and_sharp_attention_many():
     even, sharp = torch.full((1, 100), 0.01), torch.zeros(1, 100)
     sharp[0, :2] = 0.5
