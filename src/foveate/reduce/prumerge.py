@@ -86,9 +86,8 @@ class PruMerge(Reducer):
         chosen = order[: wanted - wanted // 2] if self.plus else order[:wanted]
         if self.plus:
             spread = evenly(wanted, n)
-            spread = spread[~torch.isin(spread, chosen)]
-            chosen = torch.cat([chosen, spread[evenly(min(wanted // 2, len(spread)), len(spread))]])
-            chosen = torch.cat([chosen, order[~torch.isin(order, chosen)][: wanted - len(chosen)]])
+            spread = spread[~torch.isin(spread, chosen)]  # at least the other half, wherever the chosen ones are
+            chosen = torch.cat([chosen, spread[evenly(wanted // 2, len(spread))]])
         weights = merged(attention, keys, chosen, paper=self.strict == "paper")
         keep = torch.cat([chosen, order[~torch.isin(order, chosen)][:1]])  # the rest stands at its strongest
         return Part(view, keep[:count], weights[:count], late=None)
