@@ -122,6 +122,8 @@ def check_visiondrop(case):
     for stage, layer in enumerate(layers):
         count = len(hidden) - text
         reduction = method.select(signals_at(case, layer, hidden, start, count, names), line(count), stage + 1)
+        if reduction.weights is not None:  # each token stands where the one is that it was made of
+            assert bool((reduction.weights.to_dense()[torch.arange(len(reduction.keep)), reduction.keep] == 1).all())
         visual = reduction.apply(hidden[start : start + count])
         hidden = torch.cat([hidden[:start], visual, hidden[start + count :]])
         expected = case.tensor(f"stage{stage}_out", "out")
@@ -251,3 +253,9 @@ def test_clusters_of_sparsevlm_stand_at_their_centres():
     centres, weights = sparsevlm.clustered(hidden, order)
     assert len(centres) == 3 and set(centres.tolist()) <= set(order.tolist())
     assert bool((weights[torch.arange(3), centres] > 0).all()) and not weights[:, :15].any()
+
+
+def test_visiondrop_rounds_halves_up_and_keeps_no_more_than_there_is():
+    assert VisionDrop(keep=32).left(1, 20, 20) == (13, 2)  # 35 of 48, and 5 of these 35
+    method = VisionDrop(keep=0.5, layers=(0.5,), schedule=(50, 9))
+    assert [method.left(1, n, n) for n in (70, 55, 10)] == [(50, 9), (50, 5), (10, 0)]

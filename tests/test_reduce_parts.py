@@ -23,7 +23,7 @@ from foveate.reduce.prunevid import PruneVid, cut, refine, static_places
 from foveate.reduce.quota import Quota, compressing, frame_weights, likeness_to_words, quotas
 from foveate.reduce.select import rest, unit
 from foveate.reduce.signals import per_view
-from foveate.reduce.ts_llava import TSLLaVA
+from foveate.reduce.ts_llava import TSLLaVA, shrunk, thumbnail
 from layouts import LAYOUTS, clip, dense, grid_view, make, signals_for, single, tiled
 
 # ---- layouts
@@ -348,7 +348,27 @@ def test_ts_llava_keeps_a_thumbnail_and_equal_steps():
     means = weights[(weights > 0).sum(dim=1) > 1]
     assert len(reduction.keep) == 64 and 0 < len(means) <= 64 / 6
     assert all(len(set((row.nonzero().flatten() // 16).tolist())) == 1 for row in means)  # a cell of one frame each
-    assert TSLLaVA(keep=5).select({}, LAYOUTS["single"]).keep.tolist() == [0, 13, 26, 40, 53]
+    for keep in (5, 24):  # a picture has no thumbnail
+        found = TSLLaVA(keep=keep).select({}, LAYOUTS["single"])
+        assert found.weights is None and torch.equal(found.keep, torch.linspace(0, 53, keep).round().long())
+
+
+def test_a_map_shrinks_to_cells_of_its_own():
+    place = torch.arange(24)
+    weights = shrunk(place // 6, place % 6, 6)  # 4 x 6 to 2 x 3
+    cells = [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11], [12, 13, 18, 19], [14, 15, 20, 21], [16, 17, 22, 23]]
+    assert [row.nonzero().flatten().tolist() for row in weights] == cells
+    assert set(weights[weights > 0].tolist()) == {0.25}
+
+
+def test_a_thumbnail_leaves_its_lower_right_edge_empty_and_grows_smoothly():
+    frames = torch.rand(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    large = torch.nn.functional.interpolate(frames, (3, 3), mode="bilinear")
+    whole = torch.zeros(3, 7, 7)
+    for number, frame in enumerate(large):
+        row, col = 3 * (number // 2), 3 * (number % 2)
+        whole[:, row : row + 3, col : col + 3] = frame
+    torch.testing.assert_close(thumbnail(frames, 7), whole)
 
 
 def test_the_question_is_stripped_to_what_it_is_about():
