@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate.adapters.shape import INSIDE, SITES, Shape
-from foveate.errors import RecipeError, UnsupportedError
+from foveate.errors import BudgetError, RecipeError, UnsupportedError
 from foveate.reduce.allocate import largest_remainder, truncated
 from foveate.reduce.base import top_k
 from foveate.reduce.divprune import DivPrune
@@ -31,9 +31,10 @@ from foveate.reduce.select import above_threshold, cosines, coverage, max_min, s
 from foveate.reduce.text_dominance import TextDominance
 from foveate.reduce.tome import ToMe
 from foveate.reduce.ts_llava import TSLLaVA
-from foveate.reduce.visionzip import VisionZip
+from foveate.reduce.visionzip import VisionZip, gather
+from foveate.reduce.yopo import neighbours
 from foveate.registry import METHODS
-from layouts import LAYOUTS, dense, make, only, signals_for, single
+from layouts import HEADS, LAYOUTS, dense, make, only, signals_for, single
 
 VARIANTS = {
     "divprune": DivPrune,
@@ -169,6 +170,27 @@ def test_every_token_lives_on_in_exactly_one(variant):
     for row in weights:  # weighted by what each token already stands for
         members = row > 0
         torch.testing.assert_close(row[members], sizes[members] / sizes[members].sum())
+
+
+def test_visionzip_compares_mean_keys_and_gathers_no_more_than_there_is():
+    layout = make(single(6, 9))
+    signals = signals_for(signals_of(VisionZip(keep=0.5)), layout)
+    mean = signals["keys@-1"].unflatten(-1, (HEADS, -1)).mean(dim=1)
+    found = VisionZip(keep=20, contextual=0.5).select(signals, layout)
+    dominant = top_k(signals["cls_attention@-1"].mean(dim=1), 10)
+    targets, weights = gather(mean, dominant, 10)
+    assert found.keep.tolist() == [*dominant.tolist(), *targets.tolist()]
+    torch.testing.assert_close(dense(found, 54)[10:], weights)
+    with pytest.raises(BudgetError, match="45 contextual tokens"):
+        gather(mean, dominant, 45)
+
+
+def test_yopo_lets_no_view_see_another():
+    for kind in ("tiled", "two", "clip"):
+        layout = LAYOUTS[kind]
+        owner = 100 * layout.media + layout.view
+        seen = neighbours(layout, 5)
+        assert not seen[owner[:, None] != owner].any() and seen.diagonal().all()
 
 
 def test_visionzip_gathers_every_other_token_once():
