@@ -161,10 +161,11 @@ def encode_reduced(
 
 def _run(adapter: Any, block: Any, views: Views, steps: Sequence[Step], wanted: Sequence[Asked]) -> None:
     """One block for all views, and what leaves in it."""
-    names = {name for step in steps for need in step.signals if (name := signal_for(need, adapter.offers))}
+    steps = sorted(steps, key=lambda step: step.where != "mid")
+    needs = [[name for need in step.signals if (name := signal_for(need, adapter.offers))] for step in steps]
+    mid = sum(step.where == "mid" for step in steps)
     facts = adapter.attention_of(block)
-    watched = {"q": facts.q, "k": facts.k, "v": facts.v} if names or wanted else {}
-    mid = [step for step in steps if step.where == "mid"]
+    watched = {"q": facts.q, "k": facts.k, "v": facts.v} if any(needs) or wanted else {}
     with capture(watched) as seen:
         groups = views.run(lambda hidden: adapter.attend(block, hidden) if mid else adapter.run_block(block, hidden))
     states = [States(*found, hidden=None) for found in zip(*seen.values())]
@@ -173,22 +174,24 @@ def _run(adapter: Any, block: Any, views: Views, steps: Sequence[Step], wanted: 
     def signal(kind: str, averaged: bool) -> Tensor:
         return _signal(kind, averaged, views, states, groups, facts)
 
-    def act(some: Sequence[Step]) -> None:
+    def act(number: int) -> None:
         nonlocal told
-        for step in some:
-            with charge("select"):
-                own = [name for need in step.signals if (name := signal_for(need, adapter.offers))]
-                now = {name: told[name] if name in told else signal("hidden", False) for name in own}
-                keep = views.leave(views.choose(step, now))
-                told = told if keep is None else narrowed(told, keep)
+        with charge("select"):
+            now = {name: told[name] if name in told else signal("hidden", False) for name in needs[number]}
+            keep = views.leave(views.choose(steps[number], now))
+            told = {name: told[name] for later in needs[number + 1 :] for name in later if name in told}
+            told = told if keep is None else narrowed(told, keep)
 
     with charge("select"):
-        told = {name: signal(_kind(name), _kind(name) in AVERAGED) for name in names if _kind(name) != "hidden"}
+        kinds = {name: _kind(name) for own in needs for name in own}
+        told = {name: signal(kind, kind in AVERAGED) for name, kind in kinds.items() if kind != "hidden"}
         views.signals |= {ask.name: signal(ask.kind, ask.averaged) for ask in wanted if ask.kind != "hidden"}
+    for number in range(mid):
+        act(number)
     if mid:
-        act(mid)
         views.run(lambda hidden: adapter.feed(block, hidden))
-    act([step for step in steps if step.where == "output"])
+    for number in range(mid, len(steps)):
+        act(number)
     with charge("select"):
         views.signals |= {ask.name: signal("hidden", False) for ask in wanted if ask.kind == "hidden"}
 
@@ -226,7 +229,10 @@ def in_order(parts: Iterable[Tensor], groups: Groups) -> Tensor:
 
 def narrowed(signals: dict[str, Tensor], keep: Tensor) -> dict[str, Tensor]:
     """Signals of the tokens that stay; those of CLS itself are of views."""
-    return {name: value if _kind(name) in PER_VIEW else value[keep.to(value.device)] for name, value in signals.items()}
+    return {
+        name: value if _kind(name) in PER_VIEW else value.index_select(0, keep.to(value.device))
+        for name, value in signals.items()
+    }
 
 
 def _kind(name: str) -> str:

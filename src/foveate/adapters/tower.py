@@ -124,8 +124,9 @@ def row_logits(query: Tensor, key: Tensor, heads: int, scale: float) -> Tensor:
     """Logits [n, T, heads] float32 of one query [n, 1, heads * d] a sequence over its keys [n, T, heads * d]."""
     query, key = (x.unflatten(-1, (heads, -1)) for x in (query, key))
     # one sequence after the other: as one batch all keys would be copied first
-    logits = [(own.transpose(0, 1) @ row[0, :, :, None])[..., 0].T for row, own in zip(query, key)]
-    return torch.stack(logits).float() * scale
+    return (
+        torch.stack([torch.einsum("hd,thd->th", row[0].float(), own.float()) for row, own in zip(query, key)]) * scale
+    )
 
 
 def received(query: Tensor, key: Tensor, heads: int, scale: float, limit: int | None = None) -> Tensor:

@@ -81,8 +81,7 @@ def energy_matching(metric: Tensor, r: int, margin: float, mode: Mode = "pitome"
         first, second = order[:, :r], order[:, r : 2 * r]
     if not r:
         return joined(order, first, second, n)
-    u = unit(metric)
-    a, b = (u.gather(1, half[..., None].expand(-1, -1, u.shape[-1])) for half in (first, second))
+    a, b = (unit(metric.gather(1, half[..., None].expand(-1, -1, metric.shape[-1]))) for half in (first, second))
     into = second.gather(1, (a @ b.transpose(1, 2)).argmax(dim=-1))
     return joined(torch.cat([order[:, 2 * r :], second], dim=1), first, into, n)
 
