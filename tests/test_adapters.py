@@ -9,12 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from families import FAMILIES, picture, tiny
+from families import FAMILIES, clip, picture, tiny
+from foveate.adapters.attention import observe, rotate, unrotate
+from foveate.adapters.layout import NEWLINE, PADDING, VALID
+from foveate.adapters.shape import Shape, steps_of
 from foveate.adapters.tower import capture
 from foveate.data.execute import Inputs, normalise
 from foveate.data.plan import Plan
+from foveate.data.sample import VideoSource
 from foveate.errors import UnsupportedError
+from foveate.reduce.fastv import FastV
+from foveate.reduce.uniform import Uniform
 from foveate.vlm import VLM, Request
+from layouts import make
 from plain_hf import CASES, MIXES, QWEN, plain, prepared
 
 
@@ -246,3 +253,46 @@ def test_the_mean_query_is_that_of_one_picture(family: str):
         (encoded,) = vlm.adapter.encode([vlm.prepare(plan)], [plan], ["mean_query_attention@1"])
         found[name] = encoded.signals["mean_query_attention@1"]
     torch.testing.assert_close(found["both"][: len(found["alone"])], found["alone"])
+
+
+# ---- places, times and the rotary embedding
+
+
+@pytest.mark.parametrize(("fps", "apart"), [(2.0, 4), (1.0, 8)])
+def test_units_of_a_clip_are_apart_as_their_times_are(fps: float, apart: int):
+    vlm = tiny("qwen2_5_vl")
+    plan = vlm.plan(Request("what?", VideoSource(clip(1, 8).data, fps=fps)).to_messages())
+    times = vlm.adapter.positions(plan)[0][vlm.adapter.layout(plan).position].unique()
+    assert times.diff().tolist() == [apart] * 3  # two frames each, at four positions a second
+
+
+def test_padding_is_a_feature_and_groups_follow_the_prompt():
+    kinds = make([{"kind": VALID}, {"kind": PADDING}, {"kind": NEWLINE}])
+    assert kinds.features().kind.tolist() == [VALID, PADDING]
+    views = make([{"media": media, "view": view} for media in (0, 1) for view in (1, 0)]).groups("view")
+    assert [view.tolist() for view in views] == [[1], [0], [3], [2]]
+
+
+def test_steps_come_in_the_order_in_which_a_request_passes_them():
+    shape = Shape(blocks=2, layers=4, no_encoder="maps are resized")
+    steps = steps_of([FastV(keep=0.5, layer=3), FastV(keep=0.5, layer=1), Uniform(keep=0.5)], shape)
+    assert [(step.site, step.layer) for step in steps] == [("post_projector", 0), ("llm", 1), ("llm", 3)]
+    assert "maps are resized" in shape.unserved("tome", ("encoder",))
+    assert "maps are resized" not in shape.unserved("visionzip", ("post_encoder",))
+
+
+def test_a_rotary_embedding_that_also_scales_is_taken_off():
+    module = tiny("llava").adapter.layers[0].self_attn
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 3, 5, module.head_dim, generator=generator)
+    angle = torch.rand(1, 5, module.head_dim // 2, generator=generator).repeat(1, 1, 2)
+    cos, sin = 1.3 * angle.cos(), 1.3 * angle.sin()
+    turned = rotate(module, states, cos, sin)
+    assert float(turned.norm() / states.norm()) == pytest.approx(1.3, rel=1e-4)
+    torch.testing.assert_close(unrotate(module, turned, cos, sin), states)
+
+
+def test_listening_twice_adds_no_hook():
+    layers = tiny("llava").adapter.layers
+    counts = [len(module._forward_pre_hooks) for _ in range(2) for module in observe(layers)]
+    assert counts[: len(layers)] == counts[len(layers) :]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import foveate
-from foveate.adapters.decoder import project
+from foveate.adapters.decoder import check_layers, project
 from foveate.adapters.shape import Shape
-from foveate.errors import RecipeError
+from foveate.errors import RecipeError, UnsupportedError
 from foveate.reduce import dominance, schedule
 from foveate.reduce.adatoken3d import AdaToken3D, calibrate, contributions, falls
 from foveate.reduce.base import Reducer, Reduction, layer_index, tokens_per_layer, top_k
@@ -475,3 +475,16 @@ def test_layers_that_a_model_does_not_have_are_refused(tiny):
     for recipe in ("fastv(keep=0.5, layer=3)", "yopo(keep=0.5, cut=9)", "yopo(keep=0.5, dropped=[12])"):
         with pytest.raises(RecipeError, match="this model has 3 layers"):
             foveate.Recipe.parse(recipe).check(tiny)
+
+
+def test_layers_that_tokens_cannot_leave_are_refused(tiny):
+    layers = tiny.adapter.layers
+    check_layers(layers, SimpleNamespace(sliding_window=None), "m")
+    for config in (
+        SimpleNamespace(layer_types=["full_attention", "sliding_attention"]),
+        SimpleNamespace(layer_types=None, sliding_window=512),
+    ):
+        with pytest.raises(UnsupportedError, match="full attention in every layer; this one has sliding_attention"):
+            check_layers(layers, config, "m")
+    with pytest.raises(UnsupportedError, match="whose layers have no input_layernorm"):
+        check_layers(torch.nn.ModuleList([torch.nn.Identity()]), SimpleNamespace(), "m")
