@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from families import FAMILIES, clip, picture, tiny
 from foveate.adapters.attention import observe, rotate, unrotate
+from foveate.adapters.decoder import _narrow_mlp, attention_mask, project
 from foveate.adapters.layout import NEWLINE, PADDING, VALID
 from foveate.adapters.shape import Shape, steps_of
 from foveate.adapters.tower import capture
@@ -296,3 +299,40 @@ def test_listening_twice_adds_no_hook():
     layers = tiny("llava").adapter.layers
     counts = [len(module._forward_pre_hooks) for _ in range(2) for module in observe(layers)]
     assert counts[: len(layers)] == counts[len(layers) :]
+
+
+# ---- decoder layers from outside
+
+
+def test_heads_are_normalised_where_the_family_does():
+    layer = tiny("qwen3_vl").adapter.layers[0]
+    own, states = layer.self_attn, torch.randn(5, layer.self_attn.q_proj.in_features)
+    for kind, norm in (("q", own.q_norm), ("k", own.k_norm), ("v", torch.nn.Identity())):
+        heads = getattr(own, f"{kind}_proj")(layer.input_layernorm(states)).unflatten(-1, (-1, own.head_dim))
+        torch.testing.assert_close(project(layer, kind, states, None), norm(heads).transpose(0, 1))
+
+
+def test_masks_have_the_form_that_each_attention_takes():
+    real = torch.tensor([[False, True, True]])
+
+    def mask(kind: str, real: Tensor | None, new: int) -> Any:
+        config = SimpleNamespace(_attn_implementation=kind)
+        return attention_mask(real, new, config, torch.float32, torch.device("cpu"))
+
+    causal = torch.ones(3, 3, dtype=torch.bool).tril()
+    assert mask("sdpa", None, 3) is mask("eager", None, 1) is mask("flash_attention_2", None, 3) is None
+    assert torch.equal(mask("eager", None, 3)[0, 0] == 0, causal)
+    assert torch.equal(mask("sdpa", real, 3)[0, 0], causal & real)
+    assert torch.equal(mask("eager", real, 2)[0, 0] == 0, (causal & real)[1:])
+    assert mask("flash_attention_2", real, 3).tolist() == [[0, 1, 1]]
+    with pytest.raises(UnsupportedError, match="attn='sdpa'"):
+        mask("flex_attention", real, 3)
+
+
+def test_layers_of_any_kind_use_a_share_of_the_channels():
+    mlp = copy.deepcopy(tiny("llava").adapter.layers[0].mlp)
+    states = torch.randn(4, mlp.gate_proj.in_features)
+    plain = _narrow_mlp(mlp, states, 0.3)
+    mlp.up_proj.__class__ = type("Compressed", (torch.nn.Linear,), {})
+    torch.testing.assert_close(_narrow_mlp(mlp, states, 0.3), plain)
+    assert not torch.allclose(plain, mlp(states))

@@ -114,7 +114,11 @@ def test_what_does_not_fit_is_said(broken: Path):
     edit(broken, "config.json", image_token_index=260, vision_feature_layer=[-2, -1])
     with pytest.raises(CheckpointError, match=r"vision_feature_layer is \[-2, -1\]: connectors that join several"):
         foveate.load(broken)
-    edit(broken, "config.json", vision_feature_layer=-2, vision_feature_select_strategy="full")
+    text = json.loads((broken / "config.json").read_text())["text_config"]
+    edit(broken, "config.json", vision_feature_layer=-2, text_config={**text, "vocab_size": 200})
+    with pytest.raises(CheckpointError, match=r"the tokenizer has \d+ tokens, the embedding 200 rows in .*broken"):
+        foveate.load(broken)
+    edit(broken, "config.json", text_config=text, vision_feature_select_strategy="full")
     with pytest.raises(CheckpointError, match="with a clip_vision_model tower only 'default' is supported"):
         foveate.load(broken)
     (broken / "tokenizer.json").unlink()
