@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import foveate
 from families import FAMILIES, clip, picture, tiny
 from foveate.adapters.attention import observe, rotate, unrotate
 from foveate.adapters.decoder import _narrow_mlp, attention_mask, project
@@ -24,6 +26,7 @@ from foveate.errors import UnsupportedError
 from foveate.reduce.fastv import FastV
 from foveate.reduce.uniform import Uniform
 from foveate.vlm import VLM, Request
+from goldens_io import goldens_dir
 from layouts import make
 from plain_hf import CASES, MIXES, QWEN, plain, prepared
 
@@ -267,6 +270,14 @@ def test_units_of_a_clip_are_apart_as_their_times_are(fps: float, apart: int):
     plan = vlm.plan(Request("what?", VideoSource(clip(1, 8).data, fps=fps)).to_messages())
     times = vlm.adapter.positions(plan)[0][vlm.adapter.layout(plan).position].unique()
     assert times.diff().tolist() == [apart] * 3  # two frames each, at four positions a second
+
+
+def test_views_of_a_clip_pooled_over_time_know_their_first_frame():
+    adapter = foveate.load(goldens_dir("nvila") / "video" / "ckpt", device="cpu").adapter
+    adapter = adapter.with_spec(dataclasses.replace(adapter.spec, video_pool=((2, 1, 1), (4, 1, 1))))
+    layout = adapter.layout(adapter.plan(Request("what?", clip(1, 8)).to_messages())).features()
+    frames = dict(zip(layout.view.tolist(), layout.frame.tolist()))
+    assert frames == {0: 0, 1: 2, 2: 4, 3: 6, 4: 0, 5: 4}
 
 
 def test_padding_is_a_feature_and_groups_follow_the_prompt():

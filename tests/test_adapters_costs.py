@@ -52,6 +52,9 @@ def test_flops_of_every_stage_equal_torchs_counter(slow_attention: dict[str, VLM
     found = flops(shape, request, causal=False)
     encode = counted(lambda: adapter.encode([inputs], [plan]))
     assert found["tower"] + found["connector"] == pytest.approx(encode, rel=0.02)
+    if "post_encoder" in adapter.sites:  # padding stays out of the connector
+        patches = torch.zeros(request.visual, vlm.model.config.vision_config.hidden_size)
+        assert found["connector"] == pytest.approx(counted(lambda: adapter.connect(patches)), rel=0.02)
     assert request.prompt == plan.num_tokens
     embeds, cache = torch.zeros(1, request.prompt, shape.width), DynamicCache(config=vlm.model.config)
     places = torch.arange(request.prompt)[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass
@@ -147,6 +148,9 @@ def test_processor_files_come_along(family: str, tmp_path: Path):
     foveate.load(tmp_path / "one").save(tmp_path / "two")
     for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    adapter = foveate.load(tmp_path / "one").adapter
+    for other in (adapter.with_spec(adapter.spec), adapter.with_model(adapter.model)):
+        assert other.files == adapter.files and "processor_config.json" in other.files
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -174,6 +178,26 @@ def test_half_precision_is_near(family: str, tmp_path: Path):
     names = [name for name in half.adapter.signals if name not in COMMON_SIGNALS]
     (encoded,) = half.adapter.encode([inputs], [plan], names)
     assert {value.dtype for value in encoded.signals.values()} == {torch.float32}
+
+
+def test_weights_are_read_as_they_are_stored_unless_asked_otherwise(broken: Path):
+    stored = {name: tensor.to(torch.float16) for name, tensor in load_file(broken / "model.safetensors").items()}
+    save_file(stored, broken / "model.safetensors")
+    for asked, dtype in (("auto", torch.float16), (torch.float32, torch.float32)):
+        adapter = ADAPTERS.get("llava").load(broken, dtype=asked, device=torch.device("cpu"), attn=None)
+        assert {p.dtype for p in adapter.model.parameters()} == {dtype} and adapter.model.config.dtype == dtype
+
+
+def test_internvit_with_head_norms_is_read_behind_them_and_other_selections_are_refused():
+    vlm = tiny("internvl")
+    block = copy.deepcopy(vlm.adapter.blocks[0])
+    assert vlm.adapter.attention_of(block).q is block.attention.q_proj
+    block.attention.q_norm = torch.nn.LayerNorm(4)
+    assert vlm.adapter.attention_of(block).q is block.attention.q_norm
+    config = copy.deepcopy(vlm.model.config)
+    config.vision_feature_select_strategy = "full"
+    with pytest.raises(CheckpointError, match="InternVL has -1 and 'default'"):
+        vlm.adapter.check_config(config)
 
 
 # ---- presets
