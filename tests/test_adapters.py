@@ -16,6 +16,7 @@ import foveate
 from families import FAMILIES, clip, picture, tiny
 from foveate.adapters.attention import observe, rotate, unrotate
 from foveate.adapters.decoder import _narrow_mlp, attention_mask, project
+from foveate.adapters.hf import PATCHES_PER_PASS
 from foveate.adapters.layout import NEWLINE, PADDING, VALID
 from foveate.adapters.shape import Shape, steps_of
 from foveate.adapters.tower import capture
@@ -235,6 +236,20 @@ def test_windows_put_signals_at_their_tokens():
     assert torch.equal(moved, window) and window.sum() == 4
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "nvila"])
+@torch.inference_mode()
+def test_what_goes_through_the_tower_in_several_passes_is_the_same(family: str, monkeypatch: pytest.MonkeyPatch):
+    vlm = tiny(family)
+    plan = vlm.plan(Request("What?", [picture(1), picture(2, 90, 40), picture(3, 20, 70)]).to_messages())
+    inputs = vlm.prepare(plan)
+    (whole,) = vlm.adapter.encode([inputs], [plan], ["received_attention"])
+    monkeypatch.setitem(PATCHES_PER_PASS, "cpu", 1)
+    (parts,) = vlm.adapter.encode([inputs], [plan], ["received_attention"])
+    torch.testing.assert_close(parts.features, whole.features)
+    for one, other in zip([*parts.deep, *parts.signals.values()], [*whole.deep, *whole.signals.values()], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 def test_tower_in_pieces_gives_the_patches(family: str):
     vlm = tiny(family)
@@ -272,8 +287,12 @@ def test_units_of_a_clip_are_apart_as_their_times_are(fps: float, apart: int):
     assert times.diff().tolist() == [apart] * 3  # two frames each, at four positions a second
 
 
-def test_views_of_a_clip_pooled_over_time_know_their_first_frame():
+def test_views_of_a_clip_pooled_over_time_know_their_first_frame(monkeypatch: pytest.MonkeyPatch):
     adapter = foveate.load(goldens_dir("nvila") / "video" / "ckpt", device="cpu").adapter
+    monkeypatch.setattr(adapter.model.config, "video_pool_sizes", [[2, 1, 1], [4, 1, 1]])
+    values = torch.arange(8.0)[:, None].expand(8, adapter.spec.side**2)
+    means = adapter._to_tokens(values, 8, True).unflatten(0, (6, -1))  # signals in the same order
+    assert means.mean(dim=1).tolist() == [0.5, 2.5, 4.5, 6.5, 1.5, 5.5]
     adapter = adapter.with_spec(dataclasses.replace(adapter.spec, video_pool=((2, 1, 1), (4, 1, 1))))
     layout = adapter.layout(adapter.plan(Request("what?", clip(1, 8)).to_messages())).features()
     frames = dict(zip(layout.view.tolist(), layout.frame.tolist()))
