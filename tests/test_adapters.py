@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -185,8 +186,28 @@ def test_bare_attention_is_the_mean_over_heads_of_the_last_block(family: str):
 def test_unknown_block_is_refused(family: str):
     vlm = tiny(family)
     plan, inputs = prepared(vlm, "picture")
-    with pytest.raises(UnsupportedError, match=r"'keys@9' asks for encoder block 9, the tower uses \d"):
-        vlm.adapter.encode([inputs], [plan], ["keys@9"])
+    for block in (9, vlm.adapter.num_blocks, -vlm.adapter.num_blocks - 1):
+        with pytest.raises(
+            UnsupportedError, match=rf"'keys@{block}' asks for encoder block {block}, the tower uses \d"
+        ):
+            vlm.adapter.encode([inputs], [plan], [f"keys@{block}"])
+
+
+def test_other_threads_leave_no_trace_in_what_is_caught():
+    module = torch.nn.Identity()
+    with capture({"out": module}) as seen:
+        other = threading.Thread(target=module, args=(torch.zeros(1),))
+        other.start()
+        other.join()
+        module(torch.ones(2))
+    assert [value.tolist() for value in seen["out"]] == [[1, 1]] and not module._forward_hooks
+
+
+def test_views_are_counted_through_all_pictures():
+    vlm = tiny("llava")
+    plan = vlm.plan(Request("What?", [picture(seed) for seed in range(4)]).to_messages())
+    index = vlm.adapter.view_index(plan)
+    assert index[:, 0].unique_consecutive().tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("family", QWEN)

@@ -173,8 +173,8 @@ def test_tokens_per_layer_of_views_pictures_and_requests():
     assert tokens_per_layer((), groups, shape) == [25] * 4
     assert tokens_per_layer((FastV(keep=0.5, layer=2),), groups, shape) == [25, 25, 12, 12]
     assert tokens_per_layer((Uniform(keep=0.5), FastV(keep=0.5, layer=3)), groups, shape) == [13, 13, 13, 6]
-    # of 9 tokens that two views share 4 are the first's, and a half of each is 2 and 3
-    assert tokens_per_layer((Uniform(keep=0.5), FasterVLM(keep=0.5)), groups, shape) == [2 + 3 + 2] * 4
+    # of 4 tokens that views of 2 and 5 share one is the first's, and halves of 1 and 3 are 1 and 2
+    assert tokens_per_layer((Uniform(keep=0.5), FasterVLM(keep=0.5)), ((2, 5),), shape) == [1 + 2] * 4
 
 
 def test_of_stages_that_fall_on_one_layer_the_last_holds():

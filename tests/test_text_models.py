@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
 
 import foveate
 from foveate.cli import main
-from foveate.errors import InputError, UnsupportedError
+from foveate.errors import BudgetError, CheckpointError, InputError, UnsupportedError
 from foveate.recipe import Recipe
 from foveate.tasks.perplexity import perplexity, text_file
 from foveate.vlm import Request
@@ -138,6 +139,40 @@ def test_without_text_of_the_users_own_the_worlds_questions_serve(blind):
         Recipe.parse("smoothquant(parts=[vision_tower])").apply(blind, quiet=True)
     with pytest.raises(UnsupportedError, match="sees nothing; use awq"):
         Recipe.parse("mbq(group=16)").apply(blind, quiet=True)
+
+
+def test_answers_are_labels_and_the_prompt_is_not(folder):
+    adapter = foveate.load(folder, device="cpu").adapter  # its own: a template is set on the tokenizer
+    turns = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "ran and sat"}]
+    plain = adapter.plan(turns)
+    assert plain.input_ids.tolist() == [WORDS.index(word) for word in ["the", "fox", "ran", "and", "sat"]]
+    assert plain.labels.tolist() == [-100, -100, *plain.input_ids[2:].tolist()]
+    assert adapter.plan(turns[:1]).labels is None
+    adapter.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][:1] + ' ' + m['content'] + ' </s> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a ' }}{% endif %}"
+    )
+    asked, answered = adapter.plan(turns[:1]).input_ids.tolist(), adapter.plan(turns)
+    assert [WORDS[i] for i in asked] == ["<unk>", "the", "fox", "</s>", "a"]
+    assert [WORDS[i] for i in answered.input_ids] == [*(WORDS[i] for i in asked), "ran", "and", "sat", "</s>"]
+    assert answered.labels.tolist() == [-100] * 5 + answered.input_ids[5:].tolist()
+    with pytest.raises(BudgetError, match="has 5 tokens, the limit is 4"):
+        adapter.plan(turns[:1], max_context=4)
+    assert adapter.plan(turns[:1], max_context=5).num_tokens == 5
+
+
+def test_all_ends_that_a_model_knows_stop_an_answer(folder, tmp_path):
+    vlm = foveate.load(folder, device="cpu")
+    vlm.model.generation_config.eos_token_id = [1, 7]
+    assert vlm.adapter.stop_ids() == [1, 7]
+    vlm.model.generation_config.eos_token_id = None
+    assert vlm.adapter.stop_ids() == [1]
+    small = tmp_path / "small"
+    shutil.copytree(folder, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 9}))
+    with pytest.raises(CheckpointError, match=r"the tokenizer has 15 tokens, the embedding 9 rows in .*small"):
+        foveate.load(small, device="cpu")
 
 
 def test_the_command(folder, story, capsys):
