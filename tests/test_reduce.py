@@ -355,6 +355,12 @@ def test_a_method_without_its_signal_or_site_says_what_to_use(models):
     class Elsewhere(Uniform):
         sites = ("beneath",)
 
+    class Early(Uniform):
+        def steps(self, shape):
+            return (self.step("llm", self.select, layer=0),)
+
+    with pytest.raises(RecipeError, match=r"before layer 0 of the language model; .* so 1 to"):
+        Early(keep=0.5).check(models["nvila"])
     with pytest.raises(UnsupportedError, match=r"moon_phase.*try 'uniform'"):
         Unmet(keep=0.5).check(models["nvila"])
     shape = models["nvila"].adapter.shape

@@ -381,7 +381,8 @@ def test_calibration_finds_falls_and_heads(tiny):
     assert method.fall[-1] == 1.0 and list(method.fall) == sorted(method.fall)
     assert tiny.respond(Request("what?", PICTURE, reduce=method), 2).tokens["kept"] == 12
     assert falls(torch.tensor([1.0, 0.75, 0.5, 0.0]), [1, 2]) == (pytest.approx(1 / 3), 1.0)
-    assert falls(torch.tensor([0.0, 0.5, 1.0]), [1, 2]) == (0.5, 1.0)
+    for rising in ([0.0, 0.5, 1.0], [0.5, 0.5, 0.5]):
+        assert falls(torch.tensor(rising), [1, 2]) == (0.5, 1.0)
     ratios = torch.stack([dominance.head_ratios(tiny, request) for request in requests])
     assert ratios.shape == (2, 3, 4) and bool((ratios > 0).all())
     votes = head_votes(ratios, float(ratios[:, 2].max()))

@@ -327,6 +327,7 @@ def test_shares_are_as_even_as_whole_numbers_allow():
     assert largest_remainder(torch.tensor([3.0, 1.0]), 8, [4, 9]) == [4, 4]  # a cap sends its rest on
     assert largest_remainder(torch.zeros(2), 3, [2, 2]) == [2, 1]
     assert truncated(torch.tensor([1.0, 1.0, 1.0]), 4, [9, 9, 9]) == [1, 1, 1]
+    assert truncated(torch.zeros(2), 5, [9, 1]) == [2, 1]
 
 
 def tiles_with(hot: int):
