@@ -282,6 +282,11 @@ def test_dycoke_keeps_the_first_frame_of_four_and_what_changed_after_it():
     assert torch.bincount(code // 16, minlength=8).tolist() == [16, 2, 2, 2, 16, 2, 16, 2]  # its last third frame
 
 
+def test_dycoke_cuts_whole_frames_down_to_what_is_least_like_their_mean():
+    layout, x = make(grid_view(1, 4, frame=0)), torch.eye(4)[[0, 0, 1, 0]]
+    assert DyCoke(keep=1).select({"features": x}, layout).keep.tolist() == [2]
+
+
 def test_quota_gives_frames_by_their_scores_and_drops_those_without():
     layout = make([token for token in clip(9, 4, 4) if token["frame"] < 4]).features()
     signals = signals_for(Quota.signals, layout)
