@@ -138,7 +138,7 @@ def test_flowcut_after_the_encoder_sums_up_its_last_blocks():
     views, heads = layout.groups("view"), 2
     generator = torch.Generator().manual_seed(0)
     signals, expected = {}, torch.zeros(len(layout))
-    for block, share in ((-2, 0.5), (-1, 0.5)):
+    for block, share in ((-3, 0.25), (-2, 0.25), (-1, 0.5)):
         attention = torch.rand(len(layout), heads, generator=generator)
         of_cls, values = (torch.randn(n, 8, generator=generator) for n in (len(views), len(layout)))
         signals |= {f"cls_attention@{block}": attention, f"cls_value@{block}": of_cls, f"values@{block}": values}
