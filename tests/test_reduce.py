@@ -23,6 +23,7 @@ from foveate.reduce.uniform import Uniform, grid
 from foveate.runtime import Clock, request_key, select
 from foveate.vlm import Request
 from goldens_io import goldens_dir
+from layouts import LAYOUTS
 
 RNG = np.random.default_rng(1)
 PICTURE, OTHER = (RNG.integers(0, 256, (90, 120, 3), dtype=np.uint8) for _ in range(2))
@@ -117,6 +118,7 @@ PINNED = [0, 2, 5, 14]
 def test_random_is_pinned_seeded_and_different_for_each_request():
     layout = flat_layout(1, 16, 4)
     kept = Random(keep=4).select({"request_key": torch.tensor(123)}, layout).keep.tolist()
+    assert len(Random(keep=7).select({"request_key": torch.tensor(1)}, LAYOUTS["tiled"]).keep) == 7  # of a picture
     assert kept == PINNED  # another process, machine or release draws the same
     assert Random(keep=4, seed=1).select({"request_key": torch.tensor(123)}, layout).keep.tolist() != kept
     other = Random(keep=4).select({"request_key": torch.tensor(124)}, layout).keep.tolist()
