@@ -23,7 +23,7 @@ from foveate.reduce.uniform import Uniform, grid
 from foveate.runtime import Clock, request_key, select
 from foveate.vlm import Request
 from goldens_io import goldens_dir
-from layouts import LAYOUTS
+from layouts import LAYOUTS, make
 
 RNG = np.random.default_rng(1)
 PICTURE, OTHER = (RNG.integers(0, 256, (90, 120, 3), dtype=np.uint8) for _ in range(2))
@@ -88,6 +88,19 @@ def test_uniform_spreads_over_both_directions():
     quadrants = (picked // 8 // 4) * 2 + picked % 8 // 4
     assert torch.bincount(quadrants, minlength=4).tolist() == [4, 4, 4, 4]
     assert len(set((picked % 8).tolist())) >= 6  # rows are shifted against each other
+
+
+def test_uniform_spreads_over_the_map_of_all_tiles_whatever_their_order():
+    tokens = [
+        {"view": v, "row": r, "col": c, "global_row": r, "global_col": 2 * v + c}
+        for v in (0, 1)
+        for r in (0, 1)
+        for c in (0, 1)
+    ]
+    assert Uniform(keep=3).select({}, make(tokens)).keep.tolist() == [2, 6, 7]  # columns 0, 2 and 3 of one row
+    gap = [{"row": i // 3, "col": i % 3} for i in range(5)]
+    assert Uniform(keep=3).select({}, make(gap)).keep.tolist() == [0, 2, 4]
+    assert len(set((grid(8, 2, 4) // 2).tolist())) == 4
 
 
 def test_even_places_lie_in_the_middle_of_their_shares():

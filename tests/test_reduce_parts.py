@@ -368,12 +368,12 @@ def test_a_map_shrinks_to_cells_of_its_own():
 
 def test_a_thumbnail_leaves_its_lower_right_edge_empty_and_grows_smoothly():
     frames = torch.rand(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    large = torch.nn.functional.interpolate(frames, (3, 3), mode="bilinear")
-    whole = torch.zeros(3, 7, 7)
+    large = torch.nn.functional.interpolate(frames, (4, 4), mode="bilinear")
+    whole = torch.zeros(3, 9, 9)
     for number, frame in enumerate(large):
-        row, col = 3 * (number // 2), 3 * (number % 2)
-        whole[:, row : row + 3, col : col + 3] = frame
-    torch.testing.assert_close(thumbnail(frames, 7), whole)
+        row, col = 4 * (number // 2), 4 * (number % 2)
+        whole[:, row : row + 4, col : col + 4] = frame
+    torch.testing.assert_close(thumbnail(frames, 9), whole)
 
 
 def test_the_question_is_stripped_to_what_it_is_about():
