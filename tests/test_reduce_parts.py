@@ -23,6 +23,7 @@ from foveate.reduce.prunevid import PruneVid, cut, refine, static_places
 from foveate.reduce.quota import Quota, compressing, frame_weights, likeness_to_words, quotas
 from foveate.reduce.select import rest, unit
 from foveate.reduce.signals import per_view
+from foveate.reduce.sparsevlm import text_raters
 from foveate.reduce.ts_llava import TSLLaVA, shrunk, thumbnail
 from layouts import LAYOUTS, clip, dense, grid_view, make, signals_for, single, tiled
 
@@ -382,3 +383,10 @@ def test_the_question_is_stripped_to_what_it_is_about():
     assert keywords("Who is it?\nAnswer the question using a single word or phrase.") == "Who is it?\n"
     assert keywords("") == ""
     assert keywords("Why?") == "Why?"
+
+
+def test_words_that_are_equally_like_the_picture_rate_all():
+    """None of them is above the mean, and a score without raters would be no number."""
+    visual, word = torch.randn(6, 4), torch.randn(1, 4)
+    assert text_raters(visual, word).tolist() == [0]
+    assert text_raters(visual, word.repeat(3, 1)).tolist() == [0, 1, 2]

@@ -133,9 +133,13 @@ def interpolated(table: dict[int, tuple[int, ...]], budget: float) -> list[float
 
 
 def text_raters(visual: Tensor, text: Tensor) -> Tensor:
-    """Indices of the text tokens that are most like the picture. visual: [N, D]; text: [Q, D] embeddings."""
+    """Indices of the text tokens that are most like the picture, above the mean; where all are equally alike, of all.
+
+    visual: [N, D]; text: [Q, D] embeddings.
+    """
     weight = (visual.float() @ text.float().T).softmax(dim=1).mean(dim=0)
-    return (weight > weight.mean()).nonzero().flatten()
+    raters = (weight > weight.mean()).nonzero().flatten()
+    return raters if len(raters) else torch.arange(len(weight), device=weight.device)
 
 
 def strongest_heads(attention: Tensor, count: int) -> Tensor:
