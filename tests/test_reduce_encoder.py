@@ -13,7 +13,7 @@ from families import clip, picture, tiny
 from foveate.adapters.shape import steps_of
 from foveate.encoder_site import encode_reduced
 from foveate.errors import RecipeError, UnsupportedError
-from foveate.reduce.base import Reducer, Reduction, tokens_per_layer, top_k
+from foveate.reduce.base import Reducer, Reduction, in_order, tokens_per_layer, top_k
 from foveate.registry import METHODS
 from foveate.runtime import encode
 from foveate.vlm import Request
@@ -32,17 +32,16 @@ class Between(Reducer):
     sites: ClassVar[tuple[str, ...]] = ("encoder",)
 
     def select(self, signals, layout):
-        count = self.count(len(layout))
         (signal,) = signals.values()
-        keep = top_k(signal, count)
-        if not self.joining or count == len(layout):
+        views = layout.groups("view")
+        kept = [view[top_k(signal[view], self.count(len(view)))] for view in views]
+        keep = in_order(kept)
+        if not self.joining or len(keep) == len(layout):
             return Reduction(keep)
-        gone = torch.ones(len(layout), dtype=torch.bool)
-        gone[keep] = False
-        weights = torch.zeros(count, len(layout))
-        weights[torch.arange(count), keep] = 1.0
-        weights[0, gone] = 1.0
-        return Reduction(keep, weights / weights.sum(1, keepdim=True))
+        weights = torch.eye(len(layout))
+        for view, own in zip(views, kept):
+            weights[own[0], view[~torch.isin(view, own)]] = 1.0
+        return Reduction(keep, weights[keep] / weights[keep].sum(1, keepdim=True))
 
     def steps(self, shape):
         return (self.step("encoder", self.select, layer=self.block, signals=(SIGNAL,), where=self.where),)

@@ -123,7 +123,7 @@ def test_rounds_compare_merged_tokens_by_the_mean_of_all_that_they_stand_for():
         seen.append(x[0, :, 0].tolist())
         return joined(torch.tensor([[1, 2, 3][: x.shape[1] - 1]]), torch.tensor([[0]]), torch.tensor([[1]]), x.shape[1])
 
-    matching = rounds(metric, torch.tensor([3.0, 1.0, 1.0, 1.0]), 2, match)
+    matching = rounds(metric[None], torch.tensor([[3.0, 1.0, 1.0, 1.0]]), 2, match)
     assert seen == [[0, 1, 5, 9], [0.25, 5, 9]]  # three at 0 and one at 1
     assert matching.place.tolist() == [[2, 3]] and matching.slot.tolist() == [[0, 0, 0, 1]]
     part = as_part(10 + torch.arange(4), Matching(matching.slot, matching.place), torch.tensor([3.0, 1.0, 1.0, 1.0]))

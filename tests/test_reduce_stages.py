@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from families import clip, picture, tiny
+from foveate.adapters.layout import VisualLayout
 from foveate.adapters.shape import Shape
 from foveate.data.sample import VideoSource
 from foveate.errors import BudgetError, RecipeError
@@ -119,18 +120,23 @@ def test_flowcut_cuts_in_every_second_block_by_what_has_flowed_so_far():
     views = [make(single(4, 6)).features(), make(single(3, 4, view=1)).features()]
     targets, totals = [5, 2], [None, None]
     for step, left in zip(steps, (4, 3, 2, 1, 0)):
+        whole = VisualLayout.join(views)
+        attention = torch.rand(len(whole), generator=generator) ** 4
+        of_cls, values = (torch.randn(n, 8, generator=generator) for n in (len(views), len(whole)))
+        expected, start = [], 0
         for i, (layout, target) in enumerate(zip(views, targets)):
             n = len(layout)
-            attention = torch.rand(n, generator=generator) ** 4
-            of_cls, values = (torch.randn(*size, generator=generator) for size in ((8,), (n, 8)))
-            score = flowed(attention, of_cls, values, 2)
+            own = attention[start : start + n]
+            score = flowed(own, of_cls[i], values[start : start + n], 2)
             total = score if totals[i] is None else (totals[i] + score) / 2
-            gone = 0 if left % 2 else leaving(attention[None], target, left)
-            expected = total.topk(n - gone).indices.sort().values
-            kept = step.select({"cls_attention": attention, "cls_value": of_cls, "values": values}, layout).keep
-            assert kept.tolist() == expected.tolist()
+            gone = 0 if left % 2 else leaving(own[None], target, left)
+            kept = total.topk(n - gone).indices.sort().values
             assert left or len(kept) == target
             views[i], totals[i] = layout[kept], total[kept]
+            expected += (start + kept).tolist()
+            start += n
+        signals = {"cls_attention": attention, "cls_value": of_cls, "values": values}
+        assert step.select(signals, whole).keep.tolist() == expected
 
 
 def test_flowcut_after_the_encoder_sums_up_its_last_blocks():

@@ -37,8 +37,7 @@ class Views:
 
     hidden: states [R, C], `lengths[v]` of view v, of which the first `first` are CLS. places: [n, r] rows of `hidden`
     where each token's patches are; numbers: [n] which of the request's features it is; layout: where it comes from;
-    `counts[v]` of the n are of view v. signals: what steps after the encoder are told, [n, ...] each, or [V, ...] those
-    of CLS itself.
+    owner: [n] its view. signals: what steps after the encoder are told, [n, ...] each, or [V, ...] those of CLS itself.
     """
 
     hidden: Tensor
@@ -47,7 +46,7 @@ class Views:
     places: Tensor
     numbers: Tensor
     layout: VisualLayout
-    counts: list[int]
+    owner: Tensor
     signals: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, block: Callable[[Tensor], Tensor]) -> Groups:
@@ -66,62 +65,43 @@ class Views:
         """[n, r] rows of each token's patches among all states, or among those that are not CLS."""
         if not (self.first and without_cls):
             return self.places
-        owner = torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
-        return self.places - self.first * (owner + 1)[:, None]
+        return self.places - self.first * (self.owner + 1)[:, None]
 
-    def choose(self, step: Step, told: dict[str, Tensor]) -> list[Reduction]:
-        """What a step makes of each view. told: its signals of all tokens."""
-        of_view = {name for name in told if _kind(name) in PER_VIEW}
-        parts = {name: value if name in of_view else value.split(self.counts) for name, value in told.items()}
-        return [
-            step.select({name: part[view] for name, part in parts.items()}, own)
-            for view, own in enumerate(self.layout.split(self.counts))
-        ]
-
-    def leave(self, reductions: Sequence[Reduction]) -> Tensor | None:
-        """Reduce the tokens of each view; they stay in the order of their places. Returns [K] which stay, or None when
-        nothing changes."""
-        if not any(reduction.changes(count) for reduction, count in zip(reductions, self.counts)):
+    def leave(self, reduction: Reduction) -> Tensor | None:
+        """Let tokens go, or merge; those that stay are in the order of their places. Returns [K] which stay, or None
+        when nothing changes."""
+        if not reduction.changes(len(self.places)):
             return None
-        kept, entries, start = [], [], 0
-        for reduction, count in zip(reductions, self.counts):
-            kept.append(reduction.keep.cpu() + start)
-            if reduction.weights is not None:
-                row, column, share = reduction.entries()
-                entries.append((kept[-1][row], column + start, share))
-            start += count
-        chosen = torch.zeros(start, dtype=torch.bool)
-        chosen[torch.cat(kept)] = True
+        stands = reduction.keep.cpu()
+        chosen = torch.zeros(len(self.places), dtype=torch.bool)
+        chosen[stands] = True
         keep, before, size = chosen.nonzero()[:, 0], self.hidden, self.layout.size
+        places = self.places.index_select(0, keep)
         stays = torch.ones(len(before), dtype=torch.bool)
         stays[self.places] = False
-        places = self.places.index_select(0, keep)
         stays[places] = True
         self.hidden = before.index_select(0, stays.nonzero()[:, 0].to(before.device))
         self.layout = self.layout[keep]
         places = (stays.cumsum(0) - 1)[places]
-        if entries:
-            place, column, share = map(torch.cat, zip(*entries))
+        if reduction.weights is not None:
+            row, column, share = reduction.entries()
+            row = stands[row]
             # a block merges few tokens: those that stand for themselves alone are not computed anew
-            merged = torch.zeros(start, dtype=torch.bool)
-            merged[place[(column != place) | (share != 1)]] = True
-            several = merged[place]
-            column, share, target = column[several], share[several], (merged.cumsum(0) - 1)[place[several]]
+            merged = torch.zeros_like(chosen)
+            merged[row[(column != row) | (share != 1)]] = True
+            several = merged[row]
+            column, share, target = column[several], share[several], (merged.cumsum(0) - 1)[row[several]]
             merged = merged[keep]
-            gone = self.places.index_select(0, column).flatten().to(before.device)
-            cells = before.index_select(0, gone).unflatten(0, (len(column), -1)) * share[:, None, None].to(
-                before.device
-            )
+            where = self.places.index_select(0, column).flatten().to(before.device)
+            cells = before.index_select(0, where).unflatten(0, (len(column), -1)).float()  # [m, r, C]
+            cells *= share[:, None, None].to(cells.device)
             means = cells.new_zeros(int(merged.sum()), *cells.shape[1:]).index_add_(0, target.to(cells.device), cells)
             self.hidden[places[merged].to(before.device)] = means.to(before.dtype)
             sizes = size.new_zeros(len(means)).index_add_(0, target, size[column])
             self.layout = replace(self.layout, size=self.layout.size.masked_scatter(merged, sizes))
-        patches = self.places.shape[1]
-        self.lengths = [
-            length - patches * (count - len(stayed)) for length, count, stayed in zip(self.lengths, self.counts, kept)
-        ]
-        self.counts = [len(stayed) for stayed in kept]
-        self.places, self.numbers = places, self.numbers[keep]
+        gone = torch.bincount(self.owner[~chosen], minlength=len(self.lengths)) * self.places.shape[1]
+        self.lengths = [length - less for length, less in zip(self.lengths, gone.tolist())]
+        self.places, self.numbers, self.owner = places, self.numbers[keep], self.owner[keep]
         self.signals = narrowed(self.signals, keep)
         return keep
 
@@ -147,7 +127,7 @@ def encode_reduced(
         adapter.cells[cell] + first + length * view[:, None],
         order,
         adapter.layout(plan).features()[order],
-        torch.bincount(view, minlength=count).tolist(),
+        view,
     )
     wanted = asked(signals, adapter.signals, adapter.num_blocks)
     for number, block in enumerate(adapter.blocks):
@@ -178,7 +158,7 @@ def _run(adapter: Any, block: Any, views: Views, steps: Sequence[Step], wanted: 
         nonlocal told
         with charge("select"):
             now = {name: told[name] if name in told else signal("hidden", False) for name in needs[number]}
-            keep = views.leave(views.choose(steps[number], now))
+            keep = views.leave(steps[number].select(now, views.layout))
             told = {name: told[name] for later in needs[number + 1 :] for name in later if name in told}
             told = told if keep is None else narrowed(told, keep)
 

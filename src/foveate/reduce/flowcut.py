@@ -14,14 +14,15 @@ Qwen; it is that of one view (with Qwen of one picture or clip), whatever else p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from foveate.errors import RecipeError
-from foveate.reduce.base import Reduction, Scorer, Select, Step, layer_index, top_k
+from foveate.reduce.base import Reduction, Scorer, Select, Step, in_order, layer_index, top_k
 from foveate.reduce.signals import given, per_view, split_heads
 
 if TYPE_CHECKING:
@@ -90,17 +91,16 @@ class FlowCut(Scorer):
 
     def _in_encoder(self, shape: Shape) -> tuple[Step, ...]:
         """In every block a score, in every second one tokens leave; the last block only runs what is left."""
-        seen: dict[tuple[int, int], tuple[int, Tensor]] = {}  # of this request: view -> patches at first, score so far
+        seen: dict[str, Any] = {}  # of this request: patches of each view at first, score so far
         last = max(shape.blocks - 2, 0)
 
         def act(block: int) -> Select:
             def select(signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
-                if not len(layout):  # a tile of nothing but padding
-                    return Reduction(torch.arange(0))
-                view = (int(layout.media[0]), int(layout.view[0]))
-                total, before = seen.get(view, (len(layout), None))
-                kept, score = self.select_in_block(signals, self.count(total), before, last - block, shape.heads)
-                seen[view] = (total, score[kept])
+                targets = seen.setdefault("targets", [self.count(len(view)) for view in layout.groups("view")])
+                kept, score = self.select_in_block(
+                    signals, layout, targets, seen.get("score"), last - block, shape.heads
+                )
+                seen["score"] = score[kept]
                 return Reduction(kept)
 
             return select
@@ -117,17 +117,29 @@ class FlowCut(Scorer):
         )
 
     def select_in_block(
-        self, signals: dict[str, Tensor], target: int, before: Tensor | None, blocks_left: int, heads: int
+        self,
+        signals: dict[str, Tensor],
+        layout: VisualLayout,
+        targets: Sequence[int],
+        before: Tensor | None,
+        blocks_left: int,
+        heads: int,
     ) -> tuple[Tensor, Tensor]:
-        """Of one view in one block: what stays [K] ascending, and the cumulative score [n] before anything left."""
+        """In one block: what stays [K] ascending, and the cumulative score [N] before anything left.
+
+        targets: tokens of each view in the end. before: the cumulative score so far.
+        """
         attention = signals["cls_attention"].float()
-        of_cls, values = (split_heads(signals[name].float(), heads) for name in ("cls_value", "values"))
-        norm = values.mean(dim=1).abs().sum(dim=-1)
-        score = cumulated(before, flow(attention, semantic_attention(of_cls, values), norm).cpu())
-        n = len(score)
-        if n <= target or blocks_left % 2:
-            return torch.arange(n), score
-        return top_k(score, n - leaving(attention[None], target, blocks_left)), score
+        values, of_cls = (split_heads(x, heads) for x in (signals["values"], per_view(signals["cls_value"], layout)))
+        views = layout.groups("view")
+        score = cumulated(before, block_score(attention, values.float(), of_cls.float(), views).cpu())
+        kept = []
+        for view, target in zip(views, targets):
+            if len(view) > target and blocks_left % 2 == 0:
+                gone = leaving(attention[view][None], target, blocks_left)
+                view = view[top_k(score[view], len(view) - gone)]
+            kept.append(view)
+        return in_order(kept), score
 
     def count_inside(self, n: int) -> int:
         """Tokens of n that the second choice leaves."""
@@ -143,15 +155,23 @@ class FlowCut(Scorer):
         for block in (block for block in range(-LAST, 0) if f"values@{block}" in signals):
             attention, cls_value, values = (given(signals, need) for need in needs(block))
             heads = attention.shape[1]
-            values = split_heads(values, heads)  # [N, H, d]
-            shown, norm = attention.mean(dim=1), values.mean(dim=1).abs().sum(dim=-1)
-            score = shown * norm
-            if f"cls_value@{block}" in signals:
-                of_cls = split_heads(per_view(cls_value, layout), heads)
-                for own, view in zip(of_cls, views):
-                    score[view] = flow(shown[view], semantic_attention(own, values[view]), norm[view])
-            total = cumulated(total, score)
+            told = f"cls_value@{block}" in signals
+            of_cls = split_heads(per_view(cls_value, layout), heads) if told else None
+            total = cumulated(total, block_score(attention.mean(dim=1), split_heads(values, heads), of_cls, views))
         return torch.zeros(len(layout)) if total is None else total
+
+
+def block_score(attention: Tensor, values: Tensor, of_cls: Tensor | None, views: Sequence[Tensor]) -> Tensor:
+    """Score [N] of one block: `flow` in each view, or, without CLS, attention * norm.
+
+    attention: [N] of CLS, or of the mean query; values: [N, H, d]; of_cls: [V, H, d]; views: V groups of the N.
+    """
+    norm = values.mean(dim=1).abs().sum(dim=-1)
+    score = attention * norm
+    for own, view in zip(() if of_cls is None else of_cls, views):
+        semantic = semantic_attention(own, values.index_select(0, view.to(values.device)))
+        score[view] = flow(attention[view], semantic, norm[view])
+    return score
 
 
 def flow(attention: Tensor, semantic: Tensor, norm: Tensor) -> Tensor:

@@ -35,6 +35,10 @@ class Matching:
         summed = x.new_zeros(x.shape[0], slots, x.shape[-1]).scatter_add_(1, index, x * size)
         return summed / total, total
 
+    def into(self) -> Tensor:
+        """[B, N] the token at whose place each token is then."""
+        return self.place.gather(1, self.slot)
+
     def follow(self, slot: Tensor) -> Tensor:
         """Where tokens that an earlier matching sent to `slot` [B, N0] are now: [B, N0]."""
         return self.slot.gather(1, slot)
@@ -91,14 +95,14 @@ def joined(place: Tensor, gone: Tensor, into: Tensor, n: int) -> Matching:
 
 
 def rounds(metric: Tensor, size: Tensor, count: int, match: Callable[[Tensor, int], Matching]) -> Matching:
-    """The matching of [N, D] tokens into `count` slots (batch of 1), by as many rounds of `match` as it takes.
+    """The matching of [B, N, D] tokens into `count` slots, by as many rounds of `match` as it takes.
 
-    size: [N] original tokens that each stands for. match(metric [1, n, D], r) merges at most r of the n tokens, and at
-    least one; the metric of a merged token is the size-weighted mean.
+    size: [B, N] original tokens that each stands for. match(metric [B, n, D], r) merges at most r of the n tokens, and
+    at least one; the metric of a merged token is the size-weighted mean.
     """
-    left = len(metric)
-    x, size = metric.float()[None], size.float().view(1, left, 1)
-    whole = Matching(torch.arange(left)[None], torch.arange(left)[None])
+    batch, left, _ = metric.shape
+    x, size = metric.float(), size.float()[..., None]
+    whole = Matching(*[torch.arange(left).expand(batch, left)] * 2)
     while left > count:
         matching = match(x, left - count)
         whole = Matching(matching.follow(whole.slot), whole.place.gather(1, matching.place))
@@ -106,6 +110,18 @@ def rounds(metric: Tensor, size: Tensor, count: int, match: Callable[[Tensor, in
         if left > count:
             x, size = matching.merge(x, size)
     return whole
+
+
+def merging(into: Tensor, size: Tensor) -> Reduction:
+    """The reduction in which token i of N goes into token `into[i]` [N], which goes into itself; in sequence order.
+
+    size: [N] original tokens that each stands for.
+    """
+    stands = into == torch.arange(len(into))
+    keep = stands.nonzero()[:, 0]
+    if len(keep) == len(into):
+        return Reduction(keep)
+    return Reduction(keep, membership((stands.cumsum(0) - 1)[into], len(keep), size))
 
 
 @dataclass(frozen=True)
@@ -125,13 +141,8 @@ class Part:
 
 def as_part(source: Tensor, matching: Matching, size: Tensor) -> Part:
     """What a matching (batch of 1) means for the tokens `source` [n] of one view, in sequence order. size: [n]."""
-    slot, place = matching.slot[0], matching.place[0]
-    stands = torch.zeros(len(source), dtype=torch.bool)
-    stands[place] = True
-    keep = stands.nonzero()[:, 0]
-    if len(place) == len(source):
-        return Part(source, keep)
-    return Part(source, keep, membership((stands.cumsum(0) - 1)[place[slot]], len(place), size))
+    merged = merging(matching.into()[0], size)
+    return Part(source, merged.keep, merged.weights)
 
 
 def reduction(parts: list[Part], block: Tensor) -> Reduction:

@@ -38,7 +38,8 @@ def per_view(signal: Tensor, layout: VisualLayout) -> Tensor:
 
     Views are counted through all pictures and clips; a view without a visual token has a row, and no group.
     """
-    views = torch.unique(torch.stack([layout.media, layout.view]), dim=1)  # as groups("view") sorts them
+    first = torch.stack([group[0] for group in layout.groups("view")])
+    views = torch.stack([layout.media[first], layout.view[first]])
     counts = torch.zeros(int(layout.media.max()) + 1, dtype=torch.int64).scatter_reduce(
         0, views[0], views[1] + 1, "amax"
     )

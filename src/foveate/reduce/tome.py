@@ -23,7 +23,7 @@ from torch import Tensor
 
 from foveate.reduce.base import Reducer, Reduction, Step
 from foveate.reduce.grid import blocks as blocks_of
-from foveate.reduce.merge import Matching, as_part, bipartite, reduction, rounds
+from foveate.reduce.merge import Matching, as_part, bipartite, merging, reduction, rounds
 from foveate.reduce.signals import given, split_heads
 
 if TYPE_CHECKING:
@@ -69,17 +69,23 @@ class ToMe(Reducer):
     def select_in_block(
         self, signals: dict[str, Tensor], layout: VisualLayout, block: int, blocks: int, heads: int
     ) -> Reduction:
-        """The share of one block in the merges of a view."""
-        n, size = len(layout), layout.size
-        count = self.count_in_block(n, int(size.sum()), blocks - block)  # sizes tell how many tokens there were
+        """The share of one block in the merges of each view; views of one size together."""
         keys = split_heads(signals["keys"].float(), heads).mean(dim=1).cpu()
-        part = as_part(torch.arange(n), rounds(keys, size, count, partial(self.match, depth=block / blocks)), size)
-        return Reduction(part.keep, part.weights)
+        views: dict[tuple[int, int], list[Tensor]] = {}
+        for view in layout.groups("view"):  # sizes tell how many tokens there were
+            views.setdefault((len(view), int(layout.size[view].sum())), []).append(view)
+        into = torch.arange(len(layout))
+        for (n, total), alike in views.items():
+            own = torch.stack(alike)
+            count = self.count_in_block(n, total, blocks - block)
+            matching = rounds(keys[own], layout.size[own], count, partial(self.match, depth=block / blocks))
+            into[own] = own.gather(1, matching.into())
+        return merging(into, layout.size)
 
     def select(self, signals: dict[str, Tensor], layout: VisualLayout) -> Reduction:
         keys, parts = given(signals, self.signals[0]), []
         for view in layout.groups("view"):
             size = layout.size[view]
-            matching = rounds(keys[view].cpu(), size, self.count(len(view)), partial(self.match, depth=0.5))
+            matching = rounds(keys[view].cpu()[None], size[None], self.count(len(view)), partial(self.match, depth=0.5))
             parts.append(as_part(view, matching, size))
         return reduction(parts, blocks_of(layout))
