@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -277,3 +277,22 @@ def test_the_connector_is_no_part_of_the_time_of_selecting():
     finally:
         del vlm.adapter.connect
     assert seen and answer.ms["select"] < 150 < answer.ms["encode"]
+
+
+@dataclass(frozen=True)
+class Backwards(Between):
+    """Hands the same tokens over the other way round."""
+
+    def select(self, signals, layout):
+        found = super().select(signals, layout)
+        return Reduction(found.keep.flip(0), found.weights.flip(0))
+
+
+@torch.inference_mode()
+def test_tokens_that_are_handed_over_in_another_order_stay_at_their_places():
+    vlm = tiny("llava_next")
+    request = Request("what?", MEDIA["tall"])
+    (row,) = rows_of(vlm, [replace(request, reduce=Between(keep=0.5, joining=True))])
+    (other,) = rows_of(vlm, [replace(request, reduce=Backwards(keep=0.5, joining=True))])
+    assert torch.equal(row.features, other.features)
+    assert torch.equal(row.origin, other.origin) and torch.equal(row.layout.size, other.layout.size)
