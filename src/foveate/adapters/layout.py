@@ -42,14 +42,6 @@ class VisualLayout:
         """The tokens that `index` ([K] int64, or [N] bool) names, in that order."""
         return VisualLayout(**{f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)})
 
-    def split(self, counts: list[int]) -> list[VisualLayout]:
-        """Runs of so many tokens, one after the other."""
-        fields = [f.name for f in dataclasses.fields(self)]
-        return [
-            VisualLayout(**dict(zip(fields, part)))
-            for part in zip(*(getattr(self, name).split(counts) for name in fields))
-        ]
-
     def features(self) -> VisualLayout:
         """Without separators: token i of the result is row i of the request's visual features."""
         return self[self.kind != NEWLINE]
