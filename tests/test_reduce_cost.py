@@ -98,6 +98,7 @@ def test_the_benchmark_of_reductions_resumes_and_keeps_to_its_minutes(tmp_path, 
     (size,) = run["sizes"]
     rows = {row["recipe"].partition("(")[0]: row for row in size["rows"]}
     assert set(rows) == {"uniform", "fastervlm", "schedule"} and size["visual"] == 64 and size["rounds"] == 1
+    assert rows["uniform"]["tower_ms"] == size["dense"]["tower_ms"] > 0  # nothing leaves it
     assert rows["uniform"]["signals_ms"] == 0 < rows["fastervlm"]["signals_ms"] < rows["fastervlm"]["select_ms"]
     assert rows["fastervlm"]["signals_ms"] == pytest.approx(size["signals"]["received_attention"], abs=1e-3)
     assert rows["uniform"]["prefill_flops"] < rows["schedule"]["prefill_flops"] < 1 == rows["uniform"]["tower_flops"]
